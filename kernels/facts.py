@@ -1,0 +1,117 @@
+"""Facts: what this machine and these package versions are.
+
+Every decision of the project takes a `Facts` as an argument, so that it can be tested on a made-up machine. This file is
+the only one that reads environment variables or looks for optional packages.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+# package -> what it brings; found once here, imported only where it is used
+OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
+    {
+        "triton": "fused kernels on NVIDIA and AMD GPUs",
+        "transformer-engine": "FP8 linears and norms by NVIDIA",
+        "flash-attn": "FlashAttention 2",
+        "liger-kernel": "Liger's kernels as further implementations and as a peer in the bench",
+        "bitsandbytes": "8-bit and 4-bit base models",
+        "datasets": "datasets from the hub and streaming",
+        "wandb": "logging to Weights & Biases",
+        "matplotlib": "loss curves as pictures",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One machine, frozen.
+
+    Attributes:
+        python: Version of Python, such as "3.11.7".
+        torch: Version of torch, such as "2.13.0+cpu".
+        device: Torch device type on which training would run here: "cuda" (NVIDIA and AMD), "xpu" or "cpu".
+        device_name: What the vendor calls it.
+        arch: "sm_90", "gfx942", or the processor's architecture.
+        memory_bytes: Memory of that device, in bytes.
+        processors: Streaming multiprocessors of a GPU, or threads that torch uses on a CPU.
+        triton_interpreter: Whether Triton kernels run in its interpreter (TRITON_INTERPRET=1), on the CPU.
+        packages: Optional packages that are installed: name -> version.
+    """
+
+    python: str
+    torch: str
+    device: str
+    device_name: str
+    arch: str
+    memory_bytes: int
+    processors: int
+    triton_interpreter: bool
+    packages: Mapping[str, str]
+
+    def has(self, package: str) -> bool:
+        """Whether the optional package of that distribution name is installed."""
+        return package in self.packages
+
+
+@functools.cache
+def this_machine() -> Facts:
+    """The facts of the machine this process runs on, found once."""
+    device = _device_type()
+    name, arch, memory, processors = _device(device)
+    return Facts(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        device=device,
+        device_name=name,
+        arch=arch,
+        memory_bytes=memory,
+        processors=processors,
+        triton_interpreter=os.environ.get("TRITON_INTERPRET", "") not in ("", "0"),
+        packages=MappingProxyType(_installed(OPTIONAL_PACKAGES)),
+    )
+
+
+def _device_type() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "xpu" if torch.xpu.is_available() else "cpu"
+
+
+def _device(device: str) -> tuple[str, str, int, int]:
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties()
+        major, minor = torch.cuda.get_device_capability()
+        arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{major}{minor}"
+        return properties.name, arch, properties.total_memory, properties.multi_processor_count
+    if device == "xpu":
+        xpu = torch.xpu.get_device_properties()
+        return xpu.name, "xpu", xpu.total_memory, xpu.max_compute_units
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return platform.processor() or "CPU", platform.machine(), memory, torch.get_num_threads()
+
+
+def _installed(names: Mapping[str, str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        if importlib.util.find_spec(_module(name)) is not None:
+            found[name] = _version(name)
+    return found
+
+
+def _module(distribution: str) -> str:
+    return distribution.replace("-", "_")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version"

@@ -1,0 +1,178 @@
+"""`rms_norm` in Triton: one pass forward, one pass backward.
+
+Bytes per call, of the floor: forward 2 passes over [N, H] (read x, write y) plus 4 N for rstd; backward 3 passes (read x and
+grad_output, write grad_x) plus 4 P H written and read once for the partial weight gradients of P programs.
+A persistent grid of two programs per multiprocessor walks the rows; `num_stages` prefetches the next rows while one is
+computed, which is what keeps enough bytes in flight. No atomics: partial sums are added in a fixed order.
+Shapes and letters as in eager.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from automodel_accel.kernels.launch import persistent_programs, row_warps
+
+PROGRAMS_PER_PROCESSOR = 2
+
+
+@triton.jit
+def rms_norm_fwd_kernel(
+    X,
+    W,
+    Y,
+    RSTD,
+    n_rows,
+    n_cols,
+    stride_x,
+    eps,
+    offset,
+    HAS_WEIGHT: tl.constexpr,
+    CAST_THEN_MUL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    cols = tl.arange(0, BLOCK)
+    in_row = cols < n_cols
+    zero = tl.full((), 0, tl.int64)  # row offsets pass 2^31 elements
+    if HAS_WEIGHT:
+        w = tl.load(W + cols, mask=in_row, other=0.0)
+        if CAST_THEN_MUL:
+            w = (w.to(tl.float32) + offset).to(W.dtype.element_ty).to(tl.float32)
+        else:
+            w = w.to(tl.float32) + offset
+    for row in tl.range(tl.program_id(0), n_rows, PROGRAMS, num_stages=STAGES):
+        start = zero + row
+        x = tl.load(X + start * stride_x + cols, mask=in_row, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(x * x, 0) / n_cols + eps)
+        y = x * rstd
+        if HAS_WEIGHT:
+            if CAST_THEN_MUL:
+                y = y.to(X.dtype.element_ty).to(tl.float32)
+            y = y * w
+        tl.store(Y + start * n_cols + cols, y.to(Y.dtype.element_ty), mask=in_row)
+        tl.store(RSTD + row, rstd)
+
+
+@triton.jit
+def rms_norm_bwd_kernel(
+    DY,
+    X,
+    W,
+    RSTD,
+    DX,
+    DW_PARTIAL,
+    n_rows,
+    n_cols,
+    stride_dy,
+    stride_x,
+    offset,
+    HAS_WEIGHT: tl.constexpr,
+    NEEDS_DW: tl.constexpr,
+    CAST_THEN_MUL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    cols = tl.arange(0, BLOCK)
+    in_row = cols < n_cols
+    zero = tl.full((), 0, tl.int64)  # row offsets pass 2^31 elements
+    if HAS_WEIGHT:
+        w = tl.load(W + cols, mask=in_row, other=0.0).to(tl.float32) + offset
+    if NEEDS_DW:
+        dw = tl.zeros((BLOCK,), dtype=tl.float32)
+    for row in tl.range(tl.program_id(0), n_rows, PROGRAMS, num_stages=STAGES):
+        start = zero + row
+        x = tl.load(X + start * stride_x + cols, mask=in_row, other=0.0).to(tl.float32)
+        dy = tl.load(DY + start * stride_dy + cols, mask=in_row, other=0.0).to(tl.float32)
+        rstd = tl.load(RSTD + row)
+        normed = x * rstd
+        if NEEDS_DW:
+            if CAST_THEN_MUL:
+                dw += dy * normed.to(X.dtype.element_ty).to(tl.float32)
+            else:
+                dw += dy * normed
+        if HAS_WEIGHT:
+            dy = dy * w
+        along_normed = tl.sum(dy * normed, 0) / n_cols
+        dx = (dy - normed * along_normed) * rstd
+        tl.store(DX + start * n_cols + cols, dx.to(DX.dtype.element_ty), mask=in_row)
+    if NEEDS_DW:
+        tl.store(DW_PARTIAL + tl.program_id(0) * n_cols + cols, dw, mask=in_row)
+
+
+def forward(
+    x_NH: torch.Tensor, weight_H: torch.Tensor | None, eps: float, offset: float, order: str, out_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return y [N, H] in `out_dtype`, and rstd [N] in float32."""
+    n_rows, n_cols = x_NH.shape
+    y_NH = torch.empty(n_rows, n_cols, dtype=out_dtype, device=x_NH.device)
+    rstd_N = torch.empty(n_rows, dtype=torch.float32, device=x_NH.device)
+    if n_rows == 0:
+        return y_NH, rstd_N
+    block = triton.next_power_of_2(n_cols)
+    programs = min(n_rows, persistent_programs(x_NH.device, PROGRAMS_PER_PROCESSOR))
+    rms_norm_fwd_kernel[(programs,)](
+        x_NH,
+        weight_H,
+        y_NH,
+        rstd_N,
+        n_rows,
+        n_cols,
+        x_NH.stride(0),
+        eps,
+        offset,
+        HAS_WEIGHT=weight_H is not None,
+        CAST_THEN_MUL=order == "cast_then_mul",
+        BLOCK=block,
+        PROGRAMS=programs,
+        STAGES=3,
+        num_warps=row_warps(block),
+        enable_fp_fusion=True,
+    )
+    return y_NH, rstd_N
+
+
+def backward(
+    grad_output_NH: torch.Tensor,
+    x_NH: torch.Tensor,
+    weight_H: torch.Tensor | None,
+    rstd_N: torch.Tensor,
+    offset: float,
+    order: str,
+    needs_grad_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return grad_x [N, H] in x's dtype, and grad_weight [H] in the weight's dtype (None where not needed)."""
+    n_rows, n_cols = x_NH.shape
+    needs_grad_weight = needs_grad_weight and weight_H is not None
+    grad_x_NH = torch.empty(n_rows, n_cols, dtype=x_NH.dtype, device=x_NH.device)
+    if n_rows == 0:
+        return grad_x_NH, torch.zeros_like(weight_H) if needs_grad_weight else None
+    block = triton.next_power_of_2(n_cols)
+    programs = min(n_rows, persistent_programs(x_NH.device, PROGRAMS_PER_PROCESSOR))
+    partial_PH = x_NH.new_empty(programs, n_cols, dtype=torch.float32) if needs_grad_weight else None
+    rms_norm_bwd_kernel[(programs,)](
+        grad_output_NH,
+        x_NH,
+        weight_H,
+        rstd_N,
+        grad_x_NH,
+        partial_PH,
+        n_rows,
+        n_cols,
+        grad_output_NH.stride(0),
+        x_NH.stride(0),
+        offset,
+        HAS_WEIGHT=weight_H is not None,
+        NEEDS_DW=needs_grad_weight,
+        CAST_THEN_MUL=order == "cast_then_mul",
+        BLOCK=block,
+        PROGRAMS=programs,
+        STAGES=3,
+        num_warps=row_warps(block),
+        enable_fp_fusion=True,
+    )
+    if partial_PH is None or weight_H is None:
+        return grad_x_NH, None
+    return grad_x_NH, partial_PH.sum(0).to(weight_H.dtype)

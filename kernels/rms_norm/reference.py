@@ -1,0 +1,21 @@
+"""The definition of `rms_norm`, in plain differentiable PyTorch."""
+
+import torch
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    order: str = "cast_then_mul",
+) -> torch.Tensor:
+    """Root mean square normalisation, rounded where the model rounds; see `automodel_accel.kernels.rms_norm.rms_norm`."""
+    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    x_wide = x.to(compute_dtype)
+    normed = x_wide * torch.rsqrt(x_wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normed.to(x.dtype)
+    if order == "cast_then_mul":
+        return (weight + offset if offset else weight) * normed.to(x.dtype)
+    return (normed * (weight.to(compute_dtype) + offset)).to(x.dtype)
