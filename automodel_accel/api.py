@@ -1,0 +1,160 @@
+"""apply, plan, report, revert, accelerated."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from automodel_accel.config import AccelConfig
+from automodel_accel.kernels.contract import Refusal
+from automodel_accel.kernels.facts import Facts, this_machine
+from automodel_accel.patches.contract import Counts
+from automodel_accel.patches.retype import is_retyped, owner_of, restore
+from automodel_accel.plan import Plan, all_patches, make_plan
+from automodel_accel.prove import prove_all, proof_refusal
+from automodel_accel.report import Report
+
+logger = logging.getLogger("automodel_accel")
+Model = TypeVar("Model", bound=nn.Module)
+# models in which nothing could be swapped: no class leads to their report
+_REPORTS: "WeakKeyDictionary[nn.Module, Report]" = WeakKeyDictionary()
+
+
+class RefusedError(ValueError):
+    """With `strict=True`: an explicit request could not be met. Nothing was changed."""
+
+
+def plan(model: nn.Module, config: AccelConfig | dict[str, Any] | None = None, *, facts: Facts | None = None, **fusions: Any) -> Plan:
+    """What `apply` would do to `model`, which is left untouched. Takes the arguments of `apply`."""
+    _check_model(model)
+    return make_plan(model, AccelConfig.build(config, **fusions), facts or this_machine(), all_patches())
+
+
+def apply(
+    model: Model, config: AccelConfig | dict[str, Any] | None = None, *, facts: Facts | None = None, **fusions: Any
+) -> Model:
+    """Swap fused kernels into `model`, in place, each proved on the spot; undo with `revert`.
+
+    Args:
+        model: Any `torch.nn.Module`, on any device, meta included. Apply before wrappers (DDP, Trainer) are built.
+        config: An `AccelConfig` or a dict of its fields.
+        facts: The machine to decide for; this one by default.
+        **fusions: Fields of `AccelConfig` by name: `norm="torch"`, `loss=False`, `strict=True`.
+
+    Returns:
+        The same model. `report(model)` says what was swapped, what was refused and why.
+
+    Raises:
+        ValueError: an unknown setting or implementation, or the model is already applied with other settings.
+        RefusedError: with `strict=True`, an explicit request was refused.
+        In every case the model is left as it was.
+    """
+    _check_model(model)
+    settings = AccelConfig.build(config, **fusions)
+    if (done := _find_report(model)) is not None:
+        return _already_applied(model, done, settings)
+    patches = {patch.fusion: patch for patch in all_patches()}
+    found = make_plan(model, settings, facts or this_machine(), tuple(patches.values()))
+    modules = dict(model.named_modules())
+    proofs = prove_all(found.claims, patches, modules)
+    no_proof = [(claim.fusion, no) for claim in found.claims if (no := proof_refusal(claim, proofs[claim.proof_key]))]
+    claims = tuple(claim for claim in found.claims if proofs[claim.proof_key].refusal is None)
+    result = Report(found, claims, found.refusals + tuple(no_proof), proofs, Counts())
+    result.counts.report = result
+    _speak_up(result, settings, no_proof)
+    with ExitStack() as undo:
+        for claim in claims:
+            places = [modules[path] for path in claim.paths]
+            for place in places:
+                undo.callback(restore, place)
+            patches[claim.fusion].swap(claim, places, proofs[claim.proof_key].proven, result.counts)
+        undo.pop_all()
+    if not claims:
+        _REPORTS[model] = result
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What `apply` did to `model` (or to the model inside a wrapper), and what was counted since.
+
+    Raises:
+        ValueError: `apply` was not called on it, or it was reverted.
+    """
+    found = _find_report(model)
+    if found is None:
+        raise ValueError(f"this {type(model).__name__} is not applied; call automodel_accel.apply(model) first.")
+    return found
+
+
+def revert(model: Model) -> Model:
+    """Give every swapped module its original class back; bit-exact. A model that is not applied is left as it is.
+
+    Raises:
+        ValueError: a wrapper (FSDP2's fully_shard) has derived its own classes from the swapped ones since.
+    """
+    modules = list(model.modules())
+    wrapped = [type(module).__name__ for module in modules if owner_of(module) is not None and not is_retyped(module)]
+    if wrapped:
+        raise ValueError(
+            f"{wrapped[0]} was derived from a swapped class after apply (fully_shard does that); revert before wrapping."
+        )
+    for module in modules:
+        restore(module)
+    _REPORTS.pop(model, None)
+    return model
+
+
+@contextmanager
+def accelerated(
+    model: Model, config: AccelConfig | dict[str, Any] | None = None, *, facts: Facts | None = None, **fusions: Any
+) -> Iterator[Model]:
+    """`apply` for the length of a with block; a model that was applied before stays applied. Takes the arguments of `apply`."""
+    if _find_report(model) is not None:
+        yield apply(model, config, facts=facts, **fusions)
+        return
+    apply(model, config, facts=facts, **fusions)
+    try:
+        yield model
+    finally:
+        revert(model)
+
+
+def _find_report(model: nn.Module) -> Report | None:
+    owners = (owner_of(module) for module in model.modules())
+    counts = next((owner for owner in owners if isinstance(owner, Counts)), None)
+    return counts.report if counts is not None else _REPORTS.get(model)  # type: ignore[return-value]
+
+
+def _already_applied(model: Model, done: Report, settings: AccelConfig) -> Model:
+    if settings != done.plan.config:
+        raise ValueError(
+            f"this {type(model).__name__} is already applied with {done.plan.config}; call revert(model) before applying "
+            f"{settings}."
+        )
+    logger.warning("this %s is already applied; nothing was changed. See report(model).", type(model).__name__)
+    return model
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a torch.nn.Module, got a {type(model).__name__}.")
+
+
+def _speak_up(result: Report, settings: AccelConfig, no_proof: list[tuple[str, Refusal]]) -> None:
+    """Log failed proofs and refused requests; with `strict`, raise for requests."""
+    asked_in_vain = [
+        (fusion, no)
+        for fusion, no in result.refusals
+        if settings.is_explicit(fusion) and (no.what.startswith(f"{fusion}=") or not result.places(fusion))
+    ]
+    if settings.strict and asked_in_vain:
+        raise RefusedError("; ".join(f"{fusion}: {no}" for fusion, no in asked_in_vain) + ". Nothing was changed.")
+    for fusion, no in dict.fromkeys([*no_proof, *asked_in_vain]):
+        logger.warning("%s refused: %s", fusion, no)
+    if not result.applied:
+        logger.warning("nothing in this %s could be swapped; print(report(model)) says why.", result.plan.model)
+
+

@@ -1,0 +1,171 @@
+"""The plan: all claims and refusals for one model, made on the untouched model."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from automodel_accel.config import AccelConfig
+from automodel_accel.kernels.contract import AUTO, Refusal, unknown_name
+from automodel_accel.kernels.facts import Facts
+from automodel_accel.patches.contract import Claim, Context, Patch
+from automodel_accel.patches.loss import LossPatch
+from automodel_accel.patches.mlp import MlpPatch
+from automodel_accel.patches.norm import NormPatch
+from automodel_accel.tables import grouped_places, table
+
+
+def all_patches() -> tuple[Patch, ...]:
+    """Fresh patches: their caches of findings live as long as one plan."""
+    return NormPatch(), MlpPatch(), LossPatch()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `apply` would do to a model. `print` it; `to_json()` for machines.
+
+    Attributes:
+        model: Class name of the model.
+        facts: The machine it was made for.
+        config: What was asked.
+        claims: Places that can be served.
+        refusals: (fusion, refusal) for places and requests that cannot.
+    """
+
+    model: str
+    facts: Facts
+    config: AccelConfig
+    claims: tuple[Claim, ...]
+    refusals: tuple[tuple[str, Refusal], ...]
+
+    def __str__(self) -> str:
+        title = f"Plan for {self.model} on {self.facts.device_name} ({self.facts.device}); nothing is changed yet"
+        return table(title, ("fusion", "recognised as", "places", "kernel", "where"), claim_rows(self.claims)) + refusal_table(
+            self.refusals
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, one entry per place."""
+        return {
+            "model": self.model,
+            "device": self.facts.device,
+            "claims": [_claim_dict(claim) for claim in self.claims],
+            "refusals": [_refusal_dict(fusion, refusal) for fusion, refusal in self.refusals],
+        }
+
+    def to_json(self) -> str:
+        """The plan as a JSON string."""
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def make_plan(model: nn.Module, config: AccelConfig, facts: Facts, patches: tuple[Patch, ...]) -> Plan:
+    """Ask every patch about every module of `model`, and change nothing.
+
+    Raises:
+        ValueError: a fusion asks for an implementation that does not exist, or two patches claim one place.
+    """
+    claims: list[Claim] = []
+    refusals: list[tuple[str, Refusal]] = []
+    devices = _devices(model, facts)
+    for patch in patches:
+        wanted = config.wanted(patch.fusion)
+        if wanted is None:
+            continue
+        if wanted != AUTO and wanted not in patch.kernel.names():
+            raise ValueError(unknown_name(f"implementation for {patch.fusion}", wanted, [AUTO, *patch.kernel.names()]))
+        found = _match_all(patch, model, Context(facts, devices, wanted))
+        own = [claim for claim in found if isinstance(claim, Claim)]
+        refusals += [(patch.fusion, refusal) for refusal in found if isinstance(refusal, Refusal)]
+        refusals += [(patch.fusion, refusal) for refusal in _refused_requests(own, wanted)]
+        if not found:
+            refusals.append((patch.fusion, Refusal("model", "has no such place", "nothing to do")))
+        claims += own
+    _check_conflicts(claims)
+    return Plan(type(model).__name__, facts, config, tuple(claims), tuple(refusals))
+
+
+def _match_all(patch: Patch, model: nn.Module, context: Context) -> list[Claim | Refusal]:
+    found: list[Claim | Refusal] = []
+    taken: set[str] = set()
+    for path, module in model.named_modules():
+        match = patch.match(path, module, context)
+        if isinstance(match, Claim):
+            if taken.intersection(match.paths):
+                continue  # the outer of two owners of one head serves it
+            taken.update(match.paths)
+        if match is not None:
+            found.append(match)
+    return found
+
+
+def _refused_requests(claims: list[Claim], wanted: str) -> Iterator[Refusal]:
+    """A named implementation that cannot serve, once per reason."""
+    if wanted == AUTO:
+        return
+    seen = set()
+    for claim in claims:
+        for device, choice in claim.choices.items():
+            winner = choice.winner.name if choice.winner else None
+            if winner != wanted and (reason := str(choice.refused[0])) not in seen:
+                seen.add(reason)
+                yield Refusal(f"{claim.fusion}={wanted!r} on {device}", choice.refused[0].reason, f"{winner} serves instead")
+
+
+def _check_conflicts(claims: list[Claim]) -> None:
+    owners: dict[str, Claim] = {}
+    for claim in claims:
+        for path in claim.paths:
+            other = owners.setdefault(path, claim)
+            if other is not claim:
+                raise ValueError(
+                    f"{path or 'the model'} is claimed by {other.fusion} ({other.label}) and by {claim.fusion} "
+                    f"({claim.label}); switch one off: apply(model, {claim.fusion}=False)."
+                )
+
+
+def _devices(model: nn.Module, facts: Facts) -> tuple[str, ...]:
+    """Where the model is, and where this machine would train it; a model on meta is only the latter."""
+    here = {parameter.device.type for parameter in model.parameters()} - {"meta", facts.device}
+    return (*sorted(here), facts.device)
+
+
+def claim_rows(claims: tuple[Claim, ...]) -> list[tuple[str, ...]]:
+    """One row per kind of place: fusion, what it is, how many, which kernel, where."""
+    kinds: dict[tuple[str, str, str], list[str]] = {}
+    for claim in claims:
+        kinds.setdefault((claim.fusion, claim.label, _kernels(claim)), []).append(claim.paths[-1])
+    return [(fusion, label, str(len(at)), kernel, grouped_places(at)) for (fusion, label, kernel), at in kinds.items()]
+
+
+def refusal_table(refusals: tuple[tuple[str, Refusal], ...]) -> str:
+    """A table of refusals, places with one reason in one row; empty where there are none."""
+    kinds: dict[tuple[str, str, str], list[str]] = {}
+    for fusion, refusal in refusals:
+        kinds.setdefault((fusion, refusal.reason, refusal.remedy), []).append(refusal.what)
+    rows = [(fusion, why, str(len(at)), then, grouped_places(at)) for (fusion, why, then), at in kinds.items()]
+    return "\n" + table("Refused", ("fusion", "because", "places", "so", "where"), rows) if rows else ""
+
+
+def _kernels(claim: Claim) -> str:
+    return ", ".join(
+        f"{choice.winner.name if choice.winner else 'original'} ({device})" for device, choice in claim.choices.items()
+    )
+
+
+def _claim_dict(claim: Claim) -> dict[str, Any]:
+    kernels = {device: choice.winner.name if choice.winner else None for device, choice in claim.choices.items()}
+    why_not = {device: [str(refusal) for refusal in choice.refused] for device, choice in claim.choices.items()}
+    return {
+        "fusion": claim.fusion,
+        "paths": list(claim.paths),
+        "recognised_as": claim.label,
+        "dtype": str(claim.dtype),
+        "kernels": kernels,
+        "passed_over": why_not,
+    }
+
+
+def _refusal_dict(fusion: str, refusal: Refusal) -> dict[str, str]:
+    return {"fusion": fusion, "what": refusal.what, "reason": refusal.reason, "remedy": refusal.remedy}

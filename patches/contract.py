@@ -1,0 +1,130 @@
+"""What a patch is: it matches a place in a model, says how to prove the swap, and swaps it.
+
+A `Patch` never changes the model while it matches. It returns a `Claim` (with the structure it recognised) or a `Refusal`;
+the plan collects all of them on the untouched model. An `Experiment` lets the prover run ours beside the original. `swap`
+re-types instances (see retype.py), so that undoing needs no memory of its own.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from automodel_accel.kernels.contract import Choice, Kernel, Refusal, Spec, choose
+from automodel_accel.kernels.facts import Facts
+
+# (device type, dtype of the activations, ...): what a swapped forward looks up before it takes the fused path
+CallKey = tuple[Any, ...]
+Proven = Mapping[CallKey, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a patch may know while it matches: the machine, the devices to serve, and what the user asked for."""
+
+    facts: Facts
+    devices: tuple[str, ...]
+    wanted: str
+
+    def choices(self, kernel: Kernel, dtype: torch.dtype, size: int) -> dict[str, Choice]:
+        """One choice per device; a refused explicit request falls back to "auto" and keeps the refusal."""
+        found = {}
+        for device in self.devices:
+            spec = Spec(device, dtype, size)
+            choice = choose(kernel, self.facts, spec, self.wanted)
+            if choice.winner is None and self.wanted != "auto":
+                fallback = choose(kernel, self.facts, spec)
+                choice = Choice(kernel.name, fallback.winner, choice.refused + fallback.refused)
+            found[device] = choice
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One place in a model that a patch can serve.
+
+    Attributes:
+        fusion: Name of the patch: "norm", "mlp", "loss".
+        paths: Dotted names of the modules that are re-typed.
+        label: What was recognised, for people; places with an equal label share a row of the plan.
+        dtype: Dtype of the place's parameters, in which it is proved.
+        form: The recognised structure; with `dtype` the key under which places share one proof.
+        choices: Device type -> chosen implementation and refusals.
+    """
+
+    fusion: str
+    paths: tuple[str, ...]
+    label: str
+    dtype: torch.dtype
+    form: Hashable
+    choices: Mapping[str, Choice] = field(hash=False)
+
+    @property
+    def proof_key(self) -> Hashable:
+        """Places with the same key are proved once."""
+        return self.fusion, self.form, self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """The original, ours and the truth on the same inputs.
+
+    Attributes:
+        inputs: Name -> float64 tensor; each becomes a leaf in the dtype under test.
+        dtypes: Name -> dtype under test.
+        theirs: The original, from the leaves.
+        ours: The swapped place, from the leaves.
+        truth: The definition in float64, from the same leaves in float64.
+        autocast: Dtype of an autocast region around ours and theirs, or None.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    dtypes: Mapping[str, torch.dtype]
+    theirs: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+    ours: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+    truth: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+    autocast: torch.dtype | None = None
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened at run time, outside of compiled graphs.
+
+    Attributes:
+        fused: Calls served by a kernel, by fusion.
+        passed_on: Calls handed to the original forward, by reason.
+        materialised: Times that real logits were built in a training step with labels, by the operation that asked.
+        report: The report that shows them; every swapped class leads back to it.
+    """
+
+    fused: Counter[str] = field(default_factory=Counter)
+    passed_on: Counter[str] = field(default_factory=Counter)
+    materialised: Counter[str] = field(default_factory=Counter)
+    report: object = None
+
+    def count(self, counter: Counter[str], name: str) -> None:
+        """Count, unless torch.compile is tracing: a Python counter in a graph would force recompiles."""
+        if not torch.compiler.is_compiling():
+            counter[name] += 1
+
+
+class Patch(Protocol):
+    """Finds a place, shows how to prove it, swaps it."""
+
+    fusion: str
+    kernel: Kernel
+
+    def match(self, path: str, module: nn.Module, context: Context) -> Claim | Refusal | None:
+        """A claim, a reasoned refusal, or None where this is no place for the patch. Changes nothing."""
+
+    def keys(self, claim: Claim, device: str) -> list[CallKey]:
+        """The calls to prove on that device, the place's native one first."""
+
+    def experiment(self, claim: Claim, module: nn.Module, key: CallKey, implementation: str) -> Experiment:
+        """How to prove one call."""
+
+    def swap(self, claim: Claim, modules: list[nn.Module], proven: Proven, counts: Counts) -> None:
+        """Re-type the modules at `claim.paths`; only proven calls take the fused path."""

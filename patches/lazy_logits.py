@@ -1,0 +1,328 @@
+"""Logits that are not built unless somebody looks at them.
+
+In a training step with labels the head returns `LazyLogits` in place of logits: a plain object with `__torch_function__` (not a
+tensor subclass, which torch.compile breaks on) that stands for
+
+    dtype( after * tanh(scale * (hidden @ weight[:vocab].T + bias[:vocab])) )         without tanh: dtype( scale * (...) )
+
+Slices and views act on `hidden`; casts, scales and a soft-cap are recorded; `F.cross_entropy` on it runs the fused
+`linear_cross_entropy`. Anything else builds the real logits with their ordinary graph, and is counted.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from automodel_accel.patches.contract import Counts
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What was recorded between the head and the loss.
+
+    Attributes:
+        dtype: Dtype that the logits have by now.
+        computed_in: Dtype in which the head multiplies: autocast's where the head was called in its region.
+        vocab: Length of the prefix of the vocabulary that is left.
+        scale, tanh, after: See the module's docstring.
+    """
+
+    dtype: torch.dtype
+    computed_in: torch.dtype
+    vocab: int
+    scale: float = 1.0
+    tanh: bool = False
+    after: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LossRequest:
+    """What the head is asked to compute in place of logits: arguments of `F.cross_entropy`, and the recipe."""
+
+    recipe: Recipe
+    target: torch.Tensor
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+
+
+class LazyLogits:
+    """Stands for logits [..., vocab] of `hidden` [..., H]; see the module's docstring."""
+
+    def __init__(self, hidden: torch.Tensor, head: nn.Module, recipe: Recipe, counts: Counts) -> None:
+        self._hidden, self._head, self._recipe, self._counts = hidden, head, recipe, counts
+        self._real: torch.Tensor | None = None
+
+    def _with(self, hidden: torch.Tensor | None = None, **changes: Any) -> "LazyLogits":
+        recipe = replace(self._recipe, **changes) if changes else self._recipe
+        return LazyLogits(self._hidden if hidden is None else hidden, self._head, recipe, self._counts)
+
+    def materialise(self, why: str) -> torch.Tensor:
+        """The real logits, built once, with their autograd graph; `why` is counted."""
+        if self._real is None:
+            self._counts.count(self._counts.materialised, why)
+            self._real = apply_recipe(call_head(self._head, self._hidden, MATERIALISE), self._recipe)
+        return self._real
+
+    # metadata, as a tensor has it
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self._hidden.shape[:-1], self._recipe.vocab))
+
+    @property
+    def device(self) -> torch.device:
+        return self._hidden.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._recipe.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self._hidden.dim()
+
+    @property
+    def requires_grad(self) -> bool:
+        return self._hidden.requires_grad or any(parameter.requires_grad for parameter in self._head.parameters())
+
+    @property
+    def is_cuda(self) -> bool:
+        return self._hidden.is_cuda
+
+    def dim(self) -> int:
+        return self._hidden.dim()
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    # recorded operations
+
+    def mul(self, other: Any) -> Any:
+        if self._real is not None or not isinstance(other, int | float):
+            return self.materialise("mul") * real(other, "mul")
+        if self._recipe.tanh:
+            return self._with(after=self._recipe.after * other)
+        return self._with(scale=self._recipe.scale * other)
+
+    def div(self, other: Any) -> Any:
+        if self._real is not None or not isinstance(other, int | float):
+            return self.materialise("div") / real(other, "div")
+        return self.mul(1.0 / other)
+
+    __mul__ = __rmul__ = multiply = mul
+    __truediv__ = true_divide = divide = div
+
+    def tanh(self) -> Any:
+        if self._real is not None or self._recipe.tanh:
+            return self.materialise("tanh").tanh()
+        return self._with(tanh=True)
+
+    def float(self) -> Any:
+        return self.to(torch.float32)
+
+    def double(self) -> Any:
+        return self.to(torch.float64)
+
+    def half(self) -> Any:
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Any:
+        return self.to(torch.bfloat16)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        dtype, device = _dtype_and_device(args, kwargs)
+        if self._real is not None or (device is not None and device.type != self.device.type):
+            return self.materialise("to").to(*args, **kwargs)
+        return self if dtype is None or dtype == self.dtype else self._with(dtype=dtype)
+
+    type = to
+
+    def contiguous(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        return self._with() if self._real is None else self._real.clone()
+
+    def detach(self) -> Any:
+        return self.materialise("detach").detach()
+
+    def view(self, *shape: Any) -> Any:
+        sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+        if self._real is not None or isinstance(sizes[0], torch.dtype) or not self._keeps_vocab(sizes):
+            return self.materialise("view").view(*shape)
+        return self._with(self._hidden.reshape(*sizes[:-1], self._hidden.shape[-1]))
+
+    reshape = view
+
+    def _keeps_vocab(self, sizes: tuple[Any, ...]) -> bool:
+        if sizes[-1] == -1:
+            return -1 not in sizes[:-1] and math.prod(sizes[:-1]) * self._recipe.vocab == self.numel()
+        return bool(sizes[-1] == self._recipe.vocab)
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Any:
+        end = end_dim if end_dim >= 0 else self.dim() + end_dim
+        if self._real is not None or end >= self.dim() - 1:
+            return self.materialise("flatten").flatten(start_dim, end_dim)
+        return self._with(self._hidden.flatten(start_dim, end))
+
+    def __getitem__(self, index: Any) -> Any:
+        lazy = self._index(index) if self._real is None else None
+        return self.materialise("indexing")[index] if lazy is None else lazy
+
+    def _index(self, index: Any) -> "LazyLogits | None":
+        """Index the leading dimensions of `hidden`, and take a prefix of the vocabulary; None for anything else."""
+        parts = index if isinstance(index, tuple) else (index,)
+        if any(part is None or isinstance(part, bool) for part in parts):
+            return None
+        used = sum(_dims_used(part) for part in parts)
+        if any(part is Ellipsis for part in parts):
+            at = next(i for i, part in enumerate(parts) if part is Ellipsis)
+            parts = (*parts[:at], *(slice(None),) * (self.dim() - used), *parts[at + 1 :])
+            used = self.dim()
+        if used < self.dim():
+            return self._with(self._hidden[parts])
+        prefix = _prefix(parts[-1], self._recipe.vocab)
+        if prefix is None:
+            return None
+        return self._with(self._hidden[parts[:-1]] if len(parts) > 1 else self._hidden, vocab=prefix)
+
+    # the loss
+
+    def _cross_entropy(self, target: Any, **kwargs: Any) -> torch.Tensor | None:
+        """The fused loss, or None where these arguments need the logits."""
+        weight, reduction = kwargs.pop("weight", None), kwargs.pop("reduction", "mean")
+        ignore_index, smoothing = kwargs.pop("ignore_index", -100), kwargs.pop("label_smoothing", 0.0)
+        classes = isinstance(target, torch.Tensor) and target.dim() == 1 and target.dtype == torch.long
+        legacy = any(value is not None for value in kwargs.values())  # size_average, reduce
+        if self._real is not None or self.dim() != 2 or not classes or weight is not None or legacy:
+            return None
+        request = LossRequest(self._recipe, target, ignore_index, reduction, smoothing)
+        loss: torch.Tensor = call_head(self._head, self._hidden, request)
+        # autocast computes cross_entropy in float32; otherwise it has the dtype of the logits
+        return loss.float() if torch.is_autocast_enabled(self.device.type) else loss.to(self.dtype)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.cross_entropy:
+            names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+            named = {**dict(zip(names, args, strict=False)), **kwargs}
+            logits = named.pop("input")
+            loss = logits._cross_entropy(named.pop("target"), **named) if isinstance(logits, cls) else None
+            if loss is not None:
+                return loss
+        name = function.__name__
+        if args and isinstance(args[0], cls) and name in _RECORDED:
+            return getattr(args[0], name)(*args[1:], **kwargs)
+        if name == "mul" and len(args) == 2 and isinstance(args[1], cls):
+            return args[1].mul(args[0])
+        return function(*tree_map(lambda x: real(x, name), args), **tree_map(lambda x: real(x, name), kwargs))
+
+    # everything else builds the logits
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.materialise("writing into logits")[index] = value
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(self.materialise("iteration"))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(torch.Tensor, name):
+            raise AttributeError(f"'LazyLogits' stands for a tensor, and a tensor has no attribute {name!r}")
+        return getattr(self.materialise(name), name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return torch.Tensor.clone, (self.materialise("pickle").detach(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.materialise("deepcopy").detach().clone()
+
+
+def real(value: Any, why: str) -> Any:
+    """The value itself, or real logits for lazy ones."""
+    return value.materialise(why) if isinstance(value, LazyLogits) else value
+
+
+def apply_recipe(logits: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    """What was recorded, done to real logits [..., V]."""
+    if recipe.vocab != logits.shape[-1]:
+        logits = logits[..., : recipe.vocab]
+    if recipe.scale != 1.0:
+        logits = logits * recipe.scale
+    if recipe.tanh:
+        logits = torch.tanh(logits) * recipe.after
+    return logits.to(recipe.dtype)
+
+
+class _Materialise:
+    """Asks the head for real logits."""
+
+
+MATERIALISE = _Materialise()
+
+
+def call_head(head: nn.Module, hidden: torch.Tensor, request: LossRequest | _Materialise) -> Any:
+    """Ask the head. Through `__call__`, whose hooks gather the weight, only when the weight is not whole here: calling a module
+    of a grouped FSDP2 unit twice breaks the group's bookkeeping."""
+    weight = head.weight
+    whole = type(weight) in (nn.Parameter, torch.Tensor) and weight.numel() > 0 and weight.device == hidden.device  # type: ignore[union-attr]
+    return head.forward(hidden, request) if whole else head(hidden, request)
+
+
+def _dtype_and_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.dtype | None, torch.device | None]:
+    dtype = device = None
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.dtype):
+            dtype = value
+        elif isinstance(value, torch.device | str) and not isinstance(value, bool):
+            device = torch.device(value)
+        elif isinstance(value, torch.Tensor | LazyLogits):
+            dtype, device = value.dtype, value.device
+    return dtype, device
+
+
+def _dims_used(part: Any) -> int:
+    if part is Ellipsis:
+        return 0
+    return part.dim() if isinstance(part, torch.Tensor) and part.dtype == torch.bool else 1
+
+
+def _prefix(part: Any, vocab: int) -> int | None:
+    """How much of the vocabulary a slice from its start takes, or None for another index."""
+    if not isinstance(part, slice) or part.step not in (None, 1) or part.start not in (None, 0):
+        return None
+    if part.stop is None:
+        return vocab
+    return min(part.stop, vocab) if part.stop >= 0 else max(vocab + part.stop, 0)
+
+
+_RECORDED = frozenset({"tanh", "mul", "div", "true_divide", "multiply", "divide", "flatten", "reshape", "clone", "detach"})
+
+for _name in "add sub radd rsub rtruediv pow rpow neg matmul rmatmul ge gt le lt eq ne abs".split():
+
+    def _operator(self: LazyLogits, *args: Any, _name: str = f"__{_name}__") -> Any:
+        return getattr(self.materialise(_name), _name)(*(real(arg, _name) for arg in args))
+
+    setattr(LazyLogits, f"__{_name}__", _operator)
+LazyLogits.__hash__ = object.__hash__  # type: ignore[method-assign]

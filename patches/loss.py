@@ -1,0 +1,211 @@
+"""The loss without logits: the output head answers with `LazyLogits` in training steps that carry labels.
+
+Two instances are re-typed: the head (an `nn.Linear`), and the model that owns it, whose forward only raises a flag on the head
+around the original forward. No forward is copied, and `loss_function` is not touched: whatever the model does between its head
+and `F.cross_entropy` is recorded, and models with a loss of their own work alike.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from automodel_accel.kernels.contract import Refusal
+from automodel_accel.kernels.linear_cross_entropy import KERNEL, linear_cross_entropy
+from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
+from automodel_accel.patches.lazy_logits import LazyLogits, LossRequest, Recipe, apply_recipe
+from automodel_accel.patches.probe import PROBE_ERRORS, functional_copy
+from automodel_accel.patches.retype import changed_by_others, is_retyped, retype
+
+PROBE_HIDDEN = 8
+PROBE_TOKENS = 5
+FLAG = "_accel_lazy"  # set on the head while its owner runs a training forward with labels
+LOGITS_STAY = "the model's own loss stays, with its logits"
+
+
+@dataclass(frozen=True, slots=True)
+class LossForm:
+    """Sizes of the head."""
+
+    vocab: int
+    hidden: int
+    bias: bool
+
+    def label(self) -> str:
+        """For the plan."""
+        return f"linear_cross_entropy, vocabulary {self.vocab}, hidden {self.hidden}" + (", bias" if self.bias else "")
+
+
+class LossPatch:
+    """Matches, proves and swaps a model's head and loss."""
+
+    fusion = "loss"
+    kernel = KERNEL
+
+    def match(self, path: str, module: nn.Module, context: Context) -> Claim | Refusal | None:
+        """Recognise a model that owns an output head."""
+        if not hasattr(type(module), "get_output_embeddings"):
+            return None
+        head = _output_head(module)
+        if head is None and path:
+            return None  # the body of a model; its owner is asked too
+        if head is None:
+            return Refusal(path, "has no output head (get_output_embeddings() is None)", "norms and mlps are served all the same")
+        names = [name for name, child in module.named_modules() if child is head]
+        if not names:
+            return Refusal(path, "its output head is not one of its modules", LOGITS_STAY)
+        head_path = f"{path}.{names[0]}" if path else names[0]
+        objection = changed_by_others(path, module) or changed_by_others(head_path, head) or _objection(head_path, head)
+        if objection is not None:
+            return objection
+        if "labels" not in inspect.signature(type(module).forward).parameters:
+            return Refusal(path, "its forward takes no labels", "it computes no loss, so there is nothing to fuse")
+        form = LossForm(head.out_features, head.in_features, head.bias is not None)  # type: ignore[attr-defined]
+        dtype: torch.dtype = head.weight.dtype  # type: ignore[assignment, union-attr]
+        choices = context.choices(KERNEL, dtype, form.vocab)
+        return Claim(self.fusion, (path, head_path), form.label(), dtype, form, choices)
+
+    def keys(self, claim: Claim, device: str) -> list[CallKey]:
+        """Native dtype first; then those that autocast or a cast of the whole model would bring."""
+        return [(device, dtype) for dtype in dict.fromkeys((claim.dtype, torch.float32, torch.bfloat16))]
+
+    def experiment(self, claim: Claim, module: nn.Module, key: CallKey, implementation: str) -> Experiment:
+        """A narrow head of the real vocabulary with an ignored label, a scale and a soft-cap, through lazy logits."""
+        form: LossForm = claim.form  # type: ignore[assignment]
+        device, dtype = key
+        generator = torch.Generator().manual_seed(0)
+        inputs = {
+            "x": torch.randn(PROBE_TOKENS, PROBE_HIDDEN, generator=generator, dtype=torch.float64),
+            "weight": torch.randn(form.vocab, PROBE_HIDDEN, generator=generator, dtype=torch.float64) * PROBE_HIDDEN**-0.5,
+        }
+        if form.bias:
+            inputs["bias"] = torch.randn(form.vocab, generator=generator, dtype=torch.float64)
+        target = torch.randint(form.vocab, (PROBE_TOKENS,), generator=generator)
+        target[2] = -100
+        target = target.to(device)
+        recipe = Recipe(torch.float32, computed_in=dtype, vocab=form.vocab, scale=0.5, tanh=True, after=3.0)
+
+        def loss(leaves: Mapping[str, torch.Tensor], recipe: Recipe) -> torch.Tensor:
+            logits = F.linear(leaves["x"], leaves["weight"], leaves.get("bias"))
+            return F.cross_entropy(apply_recipe(logits.to(recipe.dtype), recipe), target)
+
+        def ours(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            head = _narrow_head(leaves["weight"], leaves.get("bias"))
+            retype(head, {"forward": _head_forward(nn.Linear.forward, {key: implementation}, Counts())}, None)
+            return F.cross_entropy(LazyLogits(leaves["x"], head, recipe, Counts()), target)  # type: ignore[arg-type]
+
+        wide = replace(recipe, dtype=torch.float64)
+        return Experiment(
+            inputs={name: tensor.to(device) for name, tensor in inputs.items()},
+            dtypes=dict.fromkeys(inputs, dtype),
+            theirs=lambda leaves: loss(leaves, recipe),
+            ours=ours,
+            truth=lambda leaves: loss(leaves, wide),
+        )
+
+    def swap(self, claim: Claim, modules: list[nn.Module], proven: Proven, counts: Counts) -> None:
+        """Re-type the owner and its head."""
+        owner, head = modules
+        retype(head, {"forward": _head_forward(type(head).forward, proven, counts)}, counts)
+        retype(owner, {"forward": _owner_forward(type(owner).forward)}, counts)
+
+
+def _owner_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    names = [name for name in inspect.signature(original).parameters if name != "self"]
+    labels_at = names.index("labels")
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        labels = args[labels_at] if len(args) > labels_at else kwargs.get("labels")
+        labels = kwargs.get("shift_labels") if labels is None else labels
+        head = self.get_output_embeddings() if labels is not None else None  # type: ignore[operator]
+        # a replica of nn.DataParallel must return tensors, which is all that it can gather
+        if not self.training or not torch.is_grad_enabled() or hasattr(self, "_is_replica") or not _is_lazy_head(head):
+            return original(self, *args, **kwargs)
+        setattr(head, FLAG, True)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            setattr(head, FLAG, False)
+
+    return forward
+
+
+def _head_forward(original: Callable[..., Any], proven: Proven, counts: Counts) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: nn.Linear, hidden: torch.Tensor, request: Any = None) -> Any:
+        if isinstance(request, LossRequest):
+            return _loss(self, hidden, request, proven, counts)
+        if request is not None or not getattr(self, FLAG, False) or not _can_wait(self, hidden):
+            return original(self, hidden)
+        dtype = _compute_dtype(hidden)
+        if (hidden.device.type, dtype) not in proven:
+            counts.count(counts.passed_on, f"loss: not proved for {(hidden.device.type, dtype)}")
+            return original(self, hidden)
+        return LazyLogits(hidden, self, Recipe(dtype=dtype, computed_in=dtype, vocab=self.out_features), counts)
+
+    return forward
+
+
+def _loss(head: nn.Linear, hidden: torch.Tensor, request: LossRequest, proven: Proven, counts: Counts) -> torch.Tensor:
+    recipe = request.recipe
+    dtype = recipe.computed_in
+    weight, bias = head.weight, head.bias
+    if recipe.vocab != weight.shape[0]:
+        weight, bias = weight[: recipe.vocab], None if bias is None else bias[: recipe.vocab]
+    counts.count(counts.fused, "loss")
+    return linear_cross_entropy(
+        hidden.to(dtype),
+        weight.to(dtype),
+        request.target,
+        bias=None if bias is None else bias.to(dtype),
+        # after * tanh(scale * z) = softcap * tanh(scale * softcap * z / softcap)
+        scale=recipe.scale * recipe.after if recipe.tanh else recipe.scale,
+        softcap=recipe.after if recipe.tanh else None,
+        ignore_index=request.ignore_index,
+        label_smoothing=request.label_smoothing,
+        reduction=request.reduction,
+        implementation=proven[hidden.device.type, dtype],
+    )
+
+
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """The dtype in which the head would compute: autocast's inside its region."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _can_wait(head: nn.Linear, hidden: Any) -> bool:
+    return type(hidden) is torch.Tensor and hidden.dim() > 1 and hidden.shape[-1] == head.in_features
+
+
+def _is_lazy_head(head: Any) -> bool:
+    return isinstance(head, nn.Linear) and hasattr(type(head), "_accel_owner")
+
+
+def _output_head(module: nn.Module) -> Any:
+    try:
+        return module.get_output_embeddings()  # type: ignore[operator]
+    except PROBE_ERRORS:  # a composite model may not say which of its heads it is
+        return None
+
+
+def _objection(path: str, head: nn.Module) -> Refusal | None:
+    if is_retyped(head) or not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return Refusal(path, f"the output head is a {type(head).__name__}, expected an nn.Linear", LOGITS_STAY)
+    if type(head.weight) not in (nn.Parameter, torch.Tensor):
+        return Refusal(path, f"the head's weight is a {type(head.weight).__name__}: sharded or quantised", LOGITS_STAY)
+    if not head.weight.dtype.is_floating_point or head.weight.dtype.itemsize < 2:
+        return Refusal(path, f"the head's weight is {head.weight.dtype}: quantised", LOGITS_STAY)
+    return None
+
+
+def _narrow_head(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    return functional_copy(  # type: ignore[return-value]
+        nn.Linear(weight.shape[1], weight.shape[0], device="meta"), {"weight": weight, "bias": bias}  # type: ignore[dict-item]
+    )

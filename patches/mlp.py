@@ -1,0 +1,219 @@
+"""Gated MLPs: recognised by what they compute, whatever their linears are called, swapped for `gated_linear`.
+
+down(act(gate(x)) * up(x)) with three linears, or with two where one linear yields gate and up side by side. The swapped
+forward CALLS the linears, so LoRA, quantised and FP8 linears keep working; only the activation and the product are fused.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from automodel_accel.kernels.contract import Refusal
+from automodel_accel.kernels.gated_linear import ACTIVATIONS, KERNEL, gated_linear, reference
+from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
+from automodel_accel.patches.probe import cached, call, functional_copy, structure_key
+from automodel_accel.patches.retype import changed_by_others, retype
+
+HIDDEN, INNER = 12, 20  # sizes of the probe's linears
+LAYOUTS = ("gate_up", "up_gate")
+
+
+@dataclass(frozen=True, slots=True)
+class MlpForm:
+    """What the probe recognised.
+
+    Attributes:
+        inner: Length of the rows that are activated and multiplied.
+        activation: "silu", "gelu" or "gelu_tanh".
+        layout: None for separate gate and up, else the order of the halves in one linear's output.
+        linears: Names of (gate, up, down), or (gate and up in one, down).
+    """
+
+    inner: int
+    activation: str
+    layout: str | None
+    linears: tuple[str, ...]
+
+    def label(self) -> str:
+        """For the plan."""
+        shape = "one linear for both" if self.layout else "two linears"
+        return f"gated mlp, {self.activation}, {self.inner} wide, gate and up by {shape}"
+
+
+class MlpPatch:
+    """Matches, proves and swaps gated MLPs."""
+
+    fusion = "mlp"
+    kernel = KERNEL
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, MlpForm | str | None] = {}
+
+    def match(self, path: str, module: nn.Module, context: Context) -> Claim | Refusal | None:
+        """Recognise a gated MLP; refuse one with another activation; None for anything else."""
+        linears = _linears(module)
+        if linears is None:
+            return None
+        found = cached(self._found, structure_key(module), lambda: _probe(module, linears))
+        if found is None:
+            return None
+        other = changed_by_others(path, module)
+        if other is not None:
+            return other
+        if isinstance(found, str):
+            return Refusal(path, found, "the original forward stays")
+        dtype = _activation_dtype(module)
+        return Claim(self.fusion, (path,), found.label(), dtype, found, context.choices(KERNEL, dtype, found.inner))
+
+    def keys(self, claim: Claim, device: str) -> list[CallKey]:
+        """Native dtype first; then those that autocast or a cast of the whole model would bring."""
+        dtypes = (claim.dtype, torch.float32, torch.bfloat16)
+        return list(dict.fromkeys((device, dtype) for dtype in dtypes))
+
+    def experiment(self, claim: Claim, module: nn.Module, key: CallKey, implementation: str) -> Experiment:
+        """Narrow linears of the real inner width, through the original class and through the swapped one."""
+        form: MlpForm = claim.form  # type: ignore[assignment]
+        device, dtype = key
+        generator = torch.Generator().manual_seed(0)
+        inputs = {"x": torch.randn(2, 3, HIDDEN, generator=generator, dtype=torch.float64)}
+        for name, shape in _shapes(form.linears, form.inner).items():
+            inputs[name] = torch.randn(shape, generator=generator, dtype=torch.float64) * shape[1] ** -0.5
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+
+        def copy(leaves: Mapping[str, torch.Tensor]) -> nn.Module:
+            linears = {name: _linear(leaves[name]) for name in form.linears}
+            return functional_copy(module, {}, linears)
+
+        def ours(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            swapped = copy(leaves)
+            self.swap(claim, [swapped], {key: implementation}, Counts())
+            return swapped(leaves["x"])  # type: ignore[no-any-return]
+
+        return Experiment(
+            inputs=inputs,
+            dtypes=dict.fromkeys(inputs, dtype),
+            theirs=lambda leaves: copy(leaves)(leaves["x"]),
+            ours=ours,
+            truth=lambda leaves: _definition(form, leaves),
+        )
+
+    def swap(self, claim: Claim, modules: list[nn.Module], proven: Proven, counts: Counts) -> None:
+        """Re-type the MLP."""
+        form: MlpForm = claim.form  # type: ignore[assignment]
+        (module,) = modules
+        retype(module, {"forward": _forward(type(module).forward, form, proven, counts)}, counts)
+
+
+def _forward(original: Callable[..., Any], form: MlpForm, proven: Proven, counts: Counts) -> Callable[..., Any]:
+    *first, down = form.linears
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs:
+            counts.count(counts.passed_on, "mlp: called with more than one input")
+            return original(self, *args, **kwargs)
+        projected = [getattr(self, name)(args[0]) for name in first]
+        implementation = proven.get(_call_key(projected))
+        if implementation is None:
+            counts.count(counts.passed_on, f"mlp: not proved for {_call_key(projected)}")
+            inner = reference.gated_linear(*projected, activation=form.activation, layout=form.layout or "gate_up")
+        else:
+            counts.count(counts.fused, "mlp")
+            options = {"activation": form.activation, "layout": form.layout or "gate_up"}
+            inner = gated_linear(*projected, **options, implementation=implementation)
+        return getattr(self, down)(inner)
+
+    return forward
+
+
+def _call_key(projected: list[torch.Tensor]) -> CallKey:
+    plain = all(type(tensor) is torch.Tensor and tensor.dtype == projected[0].dtype for tensor in projected)
+    return (projected[0].device.type, projected[0].dtype) if plain else (None, type(projected[0]).__name__)
+
+
+def _linears(module: nn.Module) -> dict[str, tuple[int, int]] | None:
+    """Name -> (in, out) of the two or three linears that hold all of the module's parameters, or None."""
+    if any(parameter is not None for parameter in module._parameters.values()):
+        return None
+    found = {}
+    for name, child in module.named_children():
+        sizes = (getattr(child, "in_features", None), getattr(child, "out_features", None))
+        if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+            found[name] = (sizes[0], sizes[1])
+        elif any(True for _ in child.parameters()):
+            return None
+    return found if len(found) in (2, 3) else None
+
+
+def _activation_dtype(module: nn.Module) -> torch.dtype:
+    """Dtype of the first ordinary floating point parameter; quantised weights compute in the default dtype."""
+    dtypes = (parameter.dtype for parameter in module.parameters())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize >= 2), torch.get_default_dtype())
+
+
+def _probe(module: nn.Module, linears: Mapping[str, tuple[int, int]]) -> MlpForm | str | None:
+    """The form of a gated MLP, the reason against one that only looks like it, or None where the module is none."""
+    roles = list(_possible_roles(linears))
+    if not roles:
+        return None
+    inner, hidden = linears[roles[0][-1]]
+    weights = _synthetic_weights(roles[0], HIDDEN if hidden == inner else INNER)
+    copy = functional_copy(module, {}, {name: _linear(weight) for name, weight in weights.items()}).eval()
+    x = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    # the second input drives activations far out, where a clamp or a nearly-gelu shows
+    pairs = [(given, call(copy, given)) for given in (x, x * 30)]
+    for names in roles:
+        for activation, layout in itertools.product(ACTIVATIONS, LAYOUTS if len(names) == 2 else (None,)):
+            form = MlpForm(inner, activation, layout, names)
+            if all(_close(output, _definition(form, {"x": given, **weights})) for given, output in pairs):
+                return form if _close(call(copy.train(), x), pairs[0][1]) else "a gated mlp with dropout inside"
+    if len(linears) == 3:
+        return f"has the linears of a gated mlp, but computes something else than {', '.join(ACTIVATIONS)} of one input"
+    return None
+
+
+def _possible_roles(linears: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, ...]]:
+    """Every assignment of the linears to (gate, up, down), or to (gate and up in one, down), that their sizes allow."""
+    for names in itertools.permutations(linears):
+        *first, down = names
+        inner, hidden = linears[down]
+        if all(linears[name] == (hidden, inner if len(first) == 2 else 2 * inner) for name in first):
+            yield names
+
+
+def _synthetic_weights(names: tuple[str, ...], inner: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = _shapes(names, inner)
+    return {name: torch.randn(shapes[name], generator=generator, dtype=torch.float64) for name in names}
+
+
+def _shapes(names: tuple[str, ...], inner: int) -> dict[str, tuple[int, int]]:
+    """Shapes (out, in) of narrow linears in these roles."""
+    *first, down = names
+    return {**dict.fromkeys(first, (inner if len(first) == 2 else 2 * inner, HIDDEN)), down: (HIDDEN, inner)}
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    # a plain attribute, not a Parameter: the weight may be an autograd leaf that the experiment made
+    del linear.weight
+    linear.weight = weight  # type: ignore[assignment]
+    return linear
+
+
+def _definition(form: MlpForm, leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    *first, down = form.linears
+    projected = [nn.functional.linear(leaves["x"], leaves[name]) for name in first]
+    inner = reference.gated_linear(*projected, activation=form.activation, layout=form.layout or "gate_up")
+    return nn.functional.linear(inner, leaves[down])
+
+
+def _close(output: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
+    if output is None or expected is None or output.shape != expected.shape:
+        return False
+    return torch.allclose(output, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())

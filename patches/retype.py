@@ -1,0 +1,89 @@
+"""Swap the behaviour of one module instance by giving it a subclass of its own class, and take it back.
+
+The instance stays the same object with the same parameters, buffers, hooks, names and `isinstance`; its class keeps its name,
+so config.json, FSDP wrapping policies and `_init_weights` see what they saw. A deep copy stays swapped and can be reverted on
+its own. A pickle holds the original class, so that it loads where this package is not installed.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from automodel_accel.kernels.contract import Refusal
+from automodel_accel.patches.quirks import OTHER_ACCELERATORS
+
+INSTANCE_STATE = "_accel_"  # prefix of attributes that a swapped forward may set on its instance
+
+
+def retype(module: nn.Module, methods: Mapping[str, Callable[..., Any]], owner: object) -> None:
+    """Give `module` a subclass of its class with these methods; `owner` (the report) can be found from it again."""
+    base = type(module)
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_accel_base": base,
+        "_accel_owner": owner,
+        **_copying(base),
+        **methods,
+    }
+    module.__class__ = type(base.__name__, (base,), members)
+
+
+def is_retyped(module: nn.Module) -> bool:
+    """Whether this very class is one that `retype` made."""
+    return "_accel_base" in vars(type(module))
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class before `retype`, or the class as it is."""
+    return vars(type(module)).get("_accel_base", type(module))
+
+
+def owner_of(module: nn.Module) -> Any:
+    """What was given to `retype` as owner, or None; also found under a wrapper that derives from our class, such as FSDP2's."""
+    return getattr(type(module), "_accel_owner", None)
+
+
+def restore(module: nn.Module) -> None:
+    """Give the module its original class back."""
+    if is_retyped(module):
+        module.__class__ = original_class(module)
+        for name in [name for name in vars(module) if name.startswith(INSTANCE_STATE)]:
+            delattr(module, name)
+
+
+def changed_by_others(path: str, module: nn.Module) -> Refusal | None:
+    """Say so when the module's forward is no longer its class's own: ours would have no effect, or undo theirs."""
+    override = vars(module).get("forward")
+    function = getattr(override, "__func__", override) if override is not None else type(module).forward
+    package = (getattr(function, "__module__", None) or "").split(".")[0]
+    other = OTHER_ACCELERATORS.get(package) or OTHER_ACCELERATORS.get(type(module).__module__.split(".")[0])
+    if other is not None:
+        return Refusal(path, f"already changed by {other}", f"{other}'s forward stays; load the model without it to use ours")
+    if override is not None:
+        return Refusal(
+            path,
+            f"forward was replaced on the instance by {package or 'somebody'}",
+            "that forward stays; apply before it is replaced (accelerate's device hooks, kernelize)",
+        )
+    return None
+
+
+def _copying(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        make, arguments, state = base.__reduce_ex__(self, 4)[:3]
+        clone: nn.Module = make(*arguments)  # type: ignore[operator]
+        memo[id(self)] = clone
+        clone.__setstate__(copy.deepcopy(state, memo))
+        return clone
+
+    def reduce_as_original(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        state: Any = base.__reduce_ex__(self, max(protocol, 2))[2]
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if not name.startswith(INSTANCE_STATE)}
+        return object.__new__, (base,), state
+
+    return {"__deepcopy__": deepcopy, "__reduce_ex__": reduce_as_original}
