@@ -6,7 +6,7 @@ from typing import Any
 from automodel_accel.kernels.contract import AUTO, unknown_name
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AccelConfig:
     """Which fusions to apply. Every fusion takes "auto" (or True), False, or the name of an implementation.
 
@@ -15,6 +15,9 @@ class AccelConfig:
         mlp: Gated MLPs: "auto", "triton", "torch", False.
         loss: The loss without logits: "auto", "triton", "torch", False.
         strict: Turn an explicit request that is refused into a `RefusedError`. Without it the refusal is logged and reported.
+
+    Raises:
+        ValueError: an unknown setting, with the nearest right one; or a value of another type.
     """
 
     norm: str | bool = AUTO
@@ -22,24 +25,31 @@ class AccelConfig:
     loss: str | bool = AUTO
     strict: bool = False
 
-    @classmethod
-    def build(cls, config: "AccelConfig | dict[str, Any] | None" = None, **fusions: Any) -> "AccelConfig":
-        """A config from another one or a dict, with single fusions given by name.
-
-        Raises:
-            ValueError: an unknown key, with the nearest right one; or a value that is no string or bool.
-        """
-        given = {**config, **fusions} if isinstance(config, dict) else fusions
+    def __new__(cls, **settings: Any) -> "AccelConfig":
+        """Checked here, before the generated `__init__` would raise a TypeError that names no way out."""
         known = [field.name for field in fields(cls)]
-        for name, value in given.items():
+        for name in settings:
             if name not in known:
                 raise ValueError(unknown_name("setting", name, known))
-            expected = bool if name == "strict" else str | bool
-            if not isinstance(value, expected):
-                raise ValueError(f"{name}={value!r}: expected " + ("True or False." if name == "strict" else _EXPECTED))
-        if config is not None and not isinstance(config, AccelConfig | dict):
+        return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "strict":
+                if not isinstance(value, bool):
+                    raise ValueError(f"strict={value!r}: expected True or False.")
+            elif not isinstance(value, str | bool):
+                raise ValueError(f'{field.name}={value!r}: expected "auto", False, or the name of an implementation.')
+
+    @classmethod
+    def build(cls, config: "AccelConfig | dict[str, Any] | None" = None, **fusions: Any) -> "AccelConfig":
+        """A config from another one or a dict, with single settings given by name on top."""
+        if isinstance(config, AccelConfig):
+            return replace(config, **fusions)
+        if config is not None and not isinstance(config, dict):
             raise ValueError(f"config is a {type(config).__name__}; expected an AccelConfig, a dict, or settings by name.")
-        return replace(config, **given) if isinstance(config, AccelConfig) else cls(**given)
+        return cls(**{**(config or {}), **fusions})
 
     def wanted(self, fusion: str) -> str | None:
         """The implementation to ask for, or None where the fusion is off."""
@@ -49,6 +59,3 @@ class AccelConfig:
     def is_explicit(self, fusion: str) -> bool:
         """Whether the user named an implementation or said True."""
         return getattr(self, fusion) not in (AUTO, False)
-
-
-_EXPECTED = '"auto", False, or the name of an implementation such as "torch" or "triton".'

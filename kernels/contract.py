@@ -168,3 +168,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
 
 def _listed(items: Iterable[str]) -> str:
     return " and ".join(sorted(items))
+
+
+@functools.cache
+def kernel_errors() -> tuple[type[Exception], ...]:
+    """What a kernel may raise when it does not work on this machine: torch's errors, and Triton's where it is installed."""
+    if not this_machine().has("triton"):
+        return RuntimeError, ValueError, TypeError
+    return RuntimeError, ValueError, TypeError, importlib.import_module("triton.errors").TritonError
