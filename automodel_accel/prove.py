@@ -102,7 +102,7 @@ def _run(function: Function, experiment: Experiment, dtype: torch.dtype | None) 
             output = function({**leaves, "x": x})
         sibling = torch.zeros_like(output, requires_grad=True)  # receives the very gradient that the output receives
         weighted = ((output + sibling) * _weights(output)).sum() + (x * _weights(x)).sum()
-        weighted.backward()
+        weighted.backward()  # type: ignore[no-untyped-call]
     if not torch.equal(before, x.detach()):
         raise RuntimeError("the input was written to")
     gradients = {f"gradient of {name}": _gradient(leaf) for name, leaf in leaves.items()}

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.patches.contract import Claim, Counts
@@ -81,7 +81,7 @@ class Report:
 
 
 def _proof_dict(key: Hashable, proof: Proof) -> dict[str, Any]:
-    fusion, form, dtype = key  # type: ignore[misc]
+    fusion, form, dtype = cast("tuple[str, object, object]", key)
     return {
         "fusion": fusion,
         "kind": str(form),

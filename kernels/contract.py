@@ -132,7 +132,7 @@ def choose(kernel: Kernel, facts: Facts, spec: Spec, wanted: str = AUTO) -> Choi
     """
     if wanted != AUTO and wanted not in kernel.names():
         raise ValueError(unknown_name(f"implementation of {kernel.name}", wanted, [AUTO, *kernel.names()]))
-    refused = []
+    refused: list[Refusal] = []
     for implementation in kernel.implementations:
         if wanted != AUTO and implementation.name != wanted:
             continue

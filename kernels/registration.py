@@ -65,10 +65,10 @@ def _autograd_function(name: str, definition: Definition) -> type[torch.autograd
         ctx.set_materialize_grads(False)
         ctx.inputs = len(inputs)
 
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_output is None:
-            return (None,) * ctx.inputs
+            return tuple([None] * ctx.inputs)
         return definition.gradients(ctx, grad_output, definition.backward)
 
     members = {"forward": staticmethod(forward), "setup_context": staticmethod(setup_context)}

@@ -65,8 +65,8 @@ class LossPatch:
             return objection
         if "labels" not in inspect.signature(type(module).forward).parameters:
             return Refusal(path, "its forward takes no labels", "it computes no loss, so there is nothing to fuse")
-        form = LossForm(head.out_features, head.in_features, head.bias is not None)  # type: ignore[attr-defined]
-        dtype: torch.dtype = head.weight.dtype  # type: ignore[assignment, union-attr]
+        form = LossForm(head.out_features, head.in_features, head.bias is not None)
+        dtype: torch.dtype = head.weight.dtype
         choices = context.choices(KERNEL, dtype, form.vocab)
         return Claim(self.fusion, (path, head_path), form.label(), dtype, form, choices)
 
@@ -102,7 +102,7 @@ class LossPatch:
         wide = replace(recipe, dtype=torch.float64)
         return Experiment(
             inputs={name: tensor.to(device) for name, tensor in inputs.items()},
-            dtypes=dict.fromkeys(inputs, dtype),
+            dtypes={name: dtype for name in inputs},
             theirs=lambda leaves: loss(leaves, recipe),
             ours=ours,
             truth=lambda leaves: loss(leaves, wide),
@@ -155,9 +155,10 @@ def _head_forward(original: Callable[..., Any], proven: Proven, counts: Counts) 
 def _loss(head: nn.Linear, hidden: torch.Tensor, request: LossRequest, proven: Proven, counts: Counts) -> torch.Tensor:
     recipe = request.recipe
     dtype = recipe.computed_in
-    weight, bias = head.weight, head.bias
+    weight: torch.Tensor = head.weight
+    bias: torch.Tensor | None = head.bias
     if recipe.vocab != weight.shape[0]:
-        weight, bias = weight[: recipe.vocab], None if bias is None else bias[: recipe.vocab]
+        weight, bias = weight[: recipe.vocab], bias[: recipe.vocab] if bias is not None else None
     counts.count(counts.fused, "loss")
     return linear_cross_entropy(
         hidden.to(dtype),

@@ -96,7 +96,7 @@ class MlpPatch:
 
         return Experiment(
             inputs=inputs,
-            dtypes=dict.fromkeys(inputs, dtype),
+            dtypes={name: dtype for name in inputs},
             theirs=lambda leaves: copy(leaves)(leaves["x"]),
             ours=ours,
             truth=lambda leaves: _definition(form, leaves),
@@ -202,7 +202,7 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     # a plain attribute, not a Parameter: the weight may be an autograd leaf that the experiment made
     del linear.weight
-    linear.weight = weight  # type: ignore[assignment]
+    linear.weight = weight
     return linear
 
 

@@ -39,7 +39,8 @@ def is_retyped(module: nn.Module) -> bool:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class before `retype`, or the class as it is."""
-    return vars(type(module)).get("_accel_base", type(module))
+    base: type[nn.Module] = vars(type(module)).get("_accel_base", type(module))
+    return base
 
 
 def owner_of(module: nn.Module) -> Any:
@@ -74,14 +75,16 @@ def changed_by_others(path: str, module: nn.Module) -> Refusal | None:
 
 def _copying(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        make, arguments, state = base.__reduce_ex__(self, 4)[:3]
-        clone: nn.Module = make(*arguments)  # type: ignore[operator]
+        reduced: Any = base.__reduce_ex__(self, 4)
+        make, arguments, state = reduced[:3]
+        clone: Any = make(*arguments)
         memo[id(self)] = clone
         clone.__setstate__(copy.deepcopy(state, memo))
-        return clone
+        return clone  # type: ignore[no-any-return]
 
     def reduce_as_original(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        state: Any = base.__reduce_ex__(self, max(protocol, 2))[2]
+        reduced: Any = base.__reduce_ex__(self, max(protocol, 2))
+        state = reduced[2]
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if not name.startswith(INSTANCE_STATE)}
         return object.__new__, (base,), state
