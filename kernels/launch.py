@@ -7,6 +7,8 @@ import torch
 from automodel_accel.kernels.facts import this_machine
 
 INTERPRETED_PROGRAMS = 3  # few, so that on small test shapes each persistent program walks several rows
+WARP_LANES = 64 if torch.version.hip else 32
+PREFETCH_BYTES = 72 * 1024  # of one program: fits every GPU since 2020, and twice into one multiprocessor of an A100 or H100
 
 
 @functools.cache
@@ -20,8 +22,13 @@ def persistent_programs(device: torch.device, per_processor: int) -> int:
 
 
 def row_warps(block: int) -> int:
-    """Warps for a program that holds a row of `block` elements: 8 elements a thread, between 4 and 32 warps."""
-    return min(max(block // 256, 4), 32)
+    """Warps for a program that holds a row of `block` elements: 8 elements a thread, at least 4 warps, at most 1024 threads."""
+    return min(max(block // (8 * WARP_LANES), 4), 1024 // WARP_LANES)
+
+
+def prefetch_stages(row_bytes: int) -> int:
+    """Stages of a `tl.range` over rows: 3 keep the next two rows in shared memory; 1, no prefetch, where these are too long."""
+    return 3 if 2 * row_bytes <= PREFETCH_BYTES else 1
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:

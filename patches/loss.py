@@ -77,7 +77,8 @@ class LossPatch:
     def experiment(self, claim: Claim, module: nn.Module, key: CallKey, implementation: str) -> Experiment:
         """A narrow head of the real vocabulary with an ignored label, a scale and a soft-cap, through lazy logits."""
         form: LossForm = claim.form  # type: ignore[assignment]
-        device, dtype = key
+        device: str = key[0]
+        dtype: torch.dtype = key[1]
         generator = torch.Generator().manual_seed(0)
         inputs = {
             "x": torch.randn(PROBE_TOKENS, PROBE_HIDDEN, generator=generator, dtype=torch.float64),
@@ -102,7 +103,7 @@ class LossPatch:
         wide = replace(recipe, dtype=torch.float64)
         return Experiment(
             inputs={name: tensor.to(device) for name, tensor in inputs.items()},
-            dtypes={name: dtype for name in inputs},
+            dtypes=dict.fromkeys(inputs, dtype),
             theirs=lambda leaves: loss(leaves, recipe),
             ours=ours,
             truth=lambda leaves: loss(leaves, wide),

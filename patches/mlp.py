@@ -78,7 +78,8 @@ class MlpPatch:
     def experiment(self, claim: Claim, module: nn.Module, key: CallKey, implementation: str) -> Experiment:
         """Narrow linears of the real inner width, through the original class and through the swapped one."""
         form: MlpForm = claim.form  # type: ignore[assignment]
-        device, dtype = key
+        device: str = key[0]
+        dtype: torch.dtype = key[1]
         generator = torch.Generator().manual_seed(0)
         inputs = {"x": torch.randn(2, 3, HIDDEN, generator=generator, dtype=torch.float64)}
         for name, shape in _shapes(form.linears, form.inner).items():
@@ -96,7 +97,7 @@ class MlpPatch:
 
         return Experiment(
             inputs=inputs,
-            dtypes={name: dtype for name in inputs},
+            dtypes=dict.fromkeys(inputs, dtype),
             theirs=lambda leaves: copy(leaves)(leaves["x"]),
             ours=ours,
             truth=lambda leaves: _definition(form, leaves),

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from automodel_accel.kernels.launch import persistent_programs, row_warps
+from automodel_accel.kernels.launch import persistent_programs, prefetch_stages, row_warps
 
 PROGRAMS_PER_PROCESSOR = 2
 
@@ -115,7 +115,7 @@ def forward(
     programs = min(n_rows, persistent_programs(x_NH.device, PROGRAMS_PER_PROCESSOR))
     rms_norm_fwd_kernel[(programs,)](
         x_NH,
-        weight_H,
+        None if weight_H is None else weight_H.contiguous(),
         y_NH,
         rstd_N,
         n_rows,
@@ -127,7 +127,7 @@ def forward(
         CAST_THEN_MUL=order == "cast_then_mul",
         BLOCK=block,
         PROGRAMS=programs,
-        STAGES=3,
+        STAGES=prefetch_stages(block * x_NH.element_size()),
         num_warps=row_warps(block),
         enable_fp_fusion=True,
     )
@@ -155,7 +155,7 @@ def backward(
     rms_norm_bwd_kernel[(programs,)](
         grad_output_NH,
         x_NH,
-        weight_H,
+        None if weight_H is None else weight_H.contiguous(),
         rstd_N,
         grad_x_NH,
         partial_PH,
@@ -169,7 +169,7 @@ def backward(
         CAST_THEN_MUL=order == "cast_then_mul",
         BLOCK=block,
         PROGRAMS=programs,
-        STAGES=3,
+        STAGES=prefetch_stages(block * (x_NH.element_size() + grad_output_NH.element_size())),
         num_warps=row_warps(block),
         enable_fp_fusion=True,
     )
