@@ -8,7 +8,7 @@ from automodel_accel.kernels.facts import this_machine
 
 INTERPRETED_PROGRAMS = 3  # few, so that on small test shapes each persistent program walks several rows
 WARP_LANES = 64 if torch.version.hip else 32
-PREFETCH_BYTES = 72 * 1024  # of one program: fits every GPU since 2020, and twice into one multiprocessor of an A100 or H100
+PREFETCH_BYTES = 72 * 1024  # of one program: every GPU since 2020 has them, an A100 or H100 for two programs at once
 
 
 @functools.cache

@@ -19,6 +19,8 @@ class Definition:
         fake_backward: Shapes and dtypes of `backward`'s outputs.
         setup_context: (ctx, inputs, output): saves what the gradients need.
         gradients: (ctx, grad_output, backward) -> one gradient or None per input; calls the `backward` it is given.
+        setup_context_eager, gradients_eager: The same two for the eager path, where they differ. There the outputs of `forward`
+            but the first are this one call's own: they may be kept on ctx, overwritten and handed out as gradients.
     """
 
     forward: Callable[..., tuple[torch.Tensor, ...]]
@@ -27,6 +29,8 @@ class Definition:
     fake_backward: Callable[..., tuple[torch.Tensor, ...]]
     setup_context: Callable[[Any, tuple[Any, ...], tuple[torch.Tensor, ...]], None]
     gradients: Callable[[Any, torch.Tensor, Callable[..., tuple[torch.Tensor, ...]]], tuple[Any, ...]]
+    setup_context_eager: Callable[[Any, tuple[Any, ...], tuple[torch.Tensor, ...]], None] | None = None
+    gradients_eager: Callable[[Any, torch.Tensor, Callable[..., tuple[torch.Tensor, ...]]], tuple[Any, ...]] | None = None
 
 
 def register(name: str, definition: Definition) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -56,11 +60,14 @@ def register(name: str, definition: Definition) -> Callable[..., tuple[torch.Ten
 
 
 def _autograd_function(name: str, definition: Definition) -> type[torch.autograd.Function]:
+    save = definition.setup_context_eager or definition.setup_context
+    gradients = definition.gradients_eager or definition.gradients
+
     def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
         return definition.forward(*inputs)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        definition.setup_context(ctx, inputs, output)
+        save(ctx, inputs, output)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.inputs = len(inputs)
@@ -69,7 +76,7 @@ def _autograd_function(name: str, definition: Definition) -> type[torch.autograd
     def backward(ctx: Any, grad_output: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_output is None:
             return tuple([None] * ctx.inputs)
-        return definition.gradients(ctx, grad_output, definition.backward)
+        return gradients(ctx, grad_output, definition.backward)
 
     members = {"forward": staticmethod(forward), "setup_context": staticmethod(setup_context)}
     return type(name, (torch.autograd.Function,), {**members, "backward": staticmethod(backward)})

@@ -1,9 +1,9 @@
 """`gated_linear` in Triton: one pass forward, one pass backward.
 
 Bytes per call are the floor: forward 3 passes over [N, F] (read gate and up, write y), backward 5 (read grad_output, gate and
-up, write two gradients). Tiles of 1024 elements, 8 a thread: one 16-byte load for each tensor in bfloat16, and few enough
-registers for full occupancy, which is what keeps enough bytes in flight. Contiguous tensors are one long row, so that no tile
-is cut off by the end of a row; strided rows have tiles of their own. Shapes as in eager.py.
+up, write two gradients). Tiles of 1024 elements, 8 a thread: one 16-byte load for each tensor in bfloat16, and so few registers
+that 10 programs or more share a multiprocessor, which is what keeps enough bytes in flight. Contiguous tensors are one long
+row, so that no tile is cut off by the end of a row; strided rows have tiles of their own. Shapes as in eager.py.
 """
 
 import torch

@@ -70,7 +70,9 @@ def rms_norm(
         ValueError: the weight's shape does not fit, the order is unknown, or the implementation cannot serve the call.
     """
     if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},) for x {tuple(x.shape)}.")
+        raise ValueError(
+            f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},) for x {tuple(x.shape)}."
+        )
     if order not in ORDERS:
         raise ValueError(f"rms_norm: order {order!r} is unknown; expected one of {ORDERS}.")
     return _call(x, weight, eps, offset, order, implementation)[0]

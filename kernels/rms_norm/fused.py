@@ -145,13 +145,14 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return grad_x [N, H] in x's dtype, and grad_weight [H] in the weight's dtype (None where not needed)."""
     n_rows, n_cols = x_NH.shape
-    needs_grad_weight = needs_grad_weight and weight_H is not None
     grad_x_NH = torch.empty(n_rows, n_cols, dtype=x_NH.dtype, device=x_NH.device)
     if n_rows == 0:
-        return grad_x_NH, torch.zeros_like(weight_H) if needs_grad_weight else None
+        return grad_x_NH, torch.zeros_like(weight_H) if needs_grad_weight and weight_H is not None else None
     block = triton.next_power_of_2(n_cols)
     programs = min(n_rows, persistent_programs(x_NH.device, PROGRAMS_PER_PROCESSOR))
-    partial_PH = x_NH.new_empty(programs, n_cols, dtype=torch.float32) if needs_grad_weight else None
+    partial_PH = (
+        x_NH.new_empty(programs, n_cols, dtype=torch.float32) if needs_grad_weight and weight_H is not None else None
+    )
     rms_norm_bwd_kernel[(programs,)](
         grad_output_NH,
         x_NH,
@@ -165,7 +166,7 @@ def backward(
         x_NH.stride(0),
         offset,
         HAS_WEIGHT=weight_H is not None,
-        NEEDS_DW=needs_grad_weight,
+        NEEDS_DW=partial_PH is not None,
         CAST_THEN_MUL=order == "cast_then_mul",
         BLOCK=block,
         PROGRAMS=programs,

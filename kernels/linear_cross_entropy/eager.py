@@ -1,0 +1,101 @@
+"""Cross entropy of a chunk of logits out of torch operations: any device, any dtype.
+
+The chunk is worked off in blocks of rows that stay in the cache, so that memory is read once and written once. Every step is
+in place: float32 and float64 logits need no further memory, narrower ones a float32 copy of one block.
+Shapes: logits [C, V]; target, weight and loss [C].
+"""
+
+import torch
+
+CPU_BLOCK_BYTES = 2 << 20  # in float32; fits the second-level cache
+GPU_BLOCK_BYTES = 64 << 20
+SCALE_BLOCK = 1 << 22  # elements
+
+
+def forward(
+    logits_CV: torch.Tensor, target_C: torch.Tensor, scale: float, softcap: float | None, ignore_index: int, smoothing: float
+) -> torch.Tensor:
+    """Return the loss of each row in the compute dtype, 0 where the target is `ignore_index`. The logits are used up."""
+    return _in_blocks(logits_CV, target_C, None, scale, softcap, ignore_index, smoothing)
+
+
+def backward(
+    logits_CV: torch.Tensor,
+    target_C: torch.Tensor,
+    weight_C: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    smoothing: float,
+) -> torch.Tensor:
+    """Return what `forward` does, and overwrite the logits with the gradient of sum(weight * loss) with respect to them."""
+    return _in_blocks(logits_CV, target_C, weight_C, scale, softcap, ignore_index, smoothing)
+
+
+def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
+    """Multiply contiguous `x` by a 0-d tensor, in place; the product is rounded once."""
+    if factor.device.type == "cpu" and factor.item() == 1.0:
+        return
+    for block in x.view(-1).split(SCALE_BLOCK):
+        block.copy_(block.to(factor.dtype) * factor)
+
+
+def _in_blocks(
+    logits_CV: torch.Tensor,
+    target_C: torch.Tensor,
+    weight_C: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    smoothing: float,
+) -> torch.Tensor:
+    compute_dtype = torch.promote_types(logits_CV.dtype, torch.float32)
+    loss_C = logits_CV.new_empty(logits_CV.shape[0], dtype=compute_dtype)
+    block_bytes = CPU_BLOCK_BYTES if logits_CV.device.type == "cpu" else GPU_BLOCK_BYTES
+    size = max(1, block_bytes // (logits_CV.shape[1] * compute_dtype.itemsize))
+    for start in range(0, logits_CV.shape[0], size):
+        rows = slice(start, start + size)
+        weight = None if weight_C is None else weight_C[rows]
+        wide = logits_CV[rows].to(compute_dtype)  # the block itself where it is wide already
+        loss_C[rows] = _block_(wide, target_C[rows], weight, scale, softcap, ignore_index, smoothing)
+        if weight is not None and wide.dtype != logits_CV.dtype:
+            logits_CV[rows] = wide
+    return loss_C
+
+
+def _block_(
+    z: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    smoothing: float,
+) -> torch.Tensor:
+    """Return the loss of each row; overwrite z [rows, V] with its gradient where there is a weight, with anything else where not."""
+    ignored = (target == ignore_index)[:, None]
+    target = target[:, None].masked_fill(ignored, 0)
+    z.masked_fill_(ignored, 0.0)  # what an ignored row holds, NaN even, goes nowhere
+    if scale != 1.0:
+        z.mul_(scale)
+    slope = None
+    if softcap is not None:
+        z.div_(softcap).tanh_()
+        slope = None if weight is None else 1.0 - z * z
+        z.mul_(softcap)
+    z.sub_(z.amax(1, keepdim=True))
+    loss = (smoothing - 1.0) * z.gather(1, target)
+    if smoothing:
+        loss -= smoothing * z.mean(1, keepdim=True)
+    total = z.exp_().sum(1, keepdim=True)
+    loss = (loss + total.log()).masked_fill_(ignored, 0.0)[:, 0]
+    if weight is None:
+        return loss
+    weight = weight[:, None].masked_fill(ignored, 0.0) * scale
+    z.mul_(weight / total)
+    if smoothing:
+        z.sub_(weight * (smoothing / z.shape[1]))
+    z.scatter_(1, target, z.gather(1, target) - weight * (1.0 - smoothing))
+    if slope is not None:
+        z.mul_(slope)
+    return loss

@@ -1,0 +1,27 @@
+"""The definition of `linear_cross_entropy`, in plain differentiable PyTorch."""
+
+import torch
+import torch.nn.functional as F
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    num_items: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Output head and cross entropy in float32; see `automodel_accel.kernels.linear_cross_entropy.linear_cross_entropy`."""
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if num_items is not None:
+        total = F.cross_entropy(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum")
+        return total / num_items
+    return F.cross_entropy(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
