@@ -52,23 +52,70 @@ class LossRequest:
     label_smoothing: float
 
 
-class LazyLogits:
-    """Stands for logits [..., vocab] of `hidden` [..., H]; see the module's docstring."""
+class HeadCall:
+    """One call of the head, shared by the logits that stand for it and all that were made of them."""
 
-    def __init__(self, hidden: torch.Tensor, head: nn.Module, recipe: Recipe, counts: Counts) -> None:
-        self._hidden, self._head, self._recipe, self._counts = hidden, head, recipe, counts
-        self._real: torch.Tensor | None = None
+    def __init__(self, head: nn.Module, counts: Counts) -> None:
+        self.head, self.counts = head, counts
+        self.weight: Any = head.weight
+        self.version = None if torch.compiler.is_compiling() else self.weight._version
+        self.loss_taken = False
+
+    def logits(self, hidden: torch.Tensor, recipe: Recipe, why: str) -> torch.Tensor:
+        """The real logits, with their autograd graph; `why` is counted."""
+        self.counts.count(self.counts.materialised, why)
+        if self.version is not None and self.head.weight is self.weight and self.weight._version != self.version:
+            raise RuntimeError(
+                f"logits of a training step are built when they are read ({why}), but the output head has changed since that "
+                "step; read outputs.logits before optimizer.step(), or keep them always with apply(model, loss=False)."
+            )
+        return apply_recipe(call_head(self.head, hidden, MATERIALISE), recipe)
+
+
+class LazyLogits:
+    """Stands for logits [..., vocab] of `hidden` [..., H]; see the module's docstring.
+
+    A view of other lazy logits (`base`: those, and the method and arguments that made it) is built as a view of theirs, so
+    that a write into one is seen in the other. `contiguous` says whether the real ones would be.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        call: HeadCall,
+        recipe: Recipe,
+        base: "tuple[LazyLogits, str, tuple[Any, ...]] | None" = None,
+        contiguous: bool = True,
+    ) -> None:
+        self._hidden, self._call, self._recipe, self._base, self._contiguous = hidden, call, recipe, base, contiguous
+        self._own: torch.Tensor | None = None
 
     def _with(self, hidden: torch.Tensor | None = None, **changes: Any) -> "LazyLogits":
         recipe = replace(self._recipe, **changes) if changes else self._recipe
-        return LazyLogits(self._hidden if hidden is None else hidden, self._head, recipe, self._counts)
+        return LazyLogits(self._hidden if hidden is None else hidden, self._call, recipe)
+
+    def _view(self, hidden: torch.Tensor, name: str, arguments: tuple[Any, ...], contiguous: bool, vocab: int) -> "LazyLogits":
+        recipe = replace(self._recipe, vocab=vocab)
+        return LazyLogits(hidden, self._call, recipe, (self, name, arguments), contiguous)
+
+    @property
+    def _real(self) -> torch.Tensor | None:
+        """The real logits if these, or those that they are a view of, were built."""
+        if self._own is None and self._base is not None:
+            of, name, arguments = self._base
+            real = of._real
+            self._own = None if real is None else getattr(real, name)(*arguments)
+        return self._own
 
     def materialise(self, why: str) -> torch.Tensor:
         """The real logits, built once, with their autograd graph; `why` is counted."""
-        if self._real is None:
-            self._counts.count(self._counts.materialised, why)
-            self._real = apply_recipe(call_head(self._head, self._hidden, MATERIALISE), self._recipe)
-        return self._real
+        real = self._real
+        if real is None and self._base is not None:
+            self._base[0].materialise(why)
+            real = self._real
+        if real is None:
+            real = self._own = self._call.logits(self._hidden, self._recipe, why)
+        return real
 
     # metadata, as a tensor has it
 
@@ -90,7 +137,7 @@ class LazyLogits:
 
     @property
     def requires_grad(self) -> bool:
-        return self._hidden.requires_grad or any(parameter.requires_grad for parameter in self._head.parameters())
+        return self._hidden.requires_grad or any(parameter.requires_grad for parameter in self._call.head.parameters())
 
     @property
     def is_cuda(self) -> bool:
@@ -117,15 +164,15 @@ class LazyLogits:
     # recorded operations
 
     def mul(self, other: Any) -> Any:
-        if self._real is not None or not isinstance(other, int | float):
+        if self._real is not None or not _is_factor(other):
             return self.materialise("mul") * real(other, "mul")
         if self._recipe.tanh:
             return self._with(after=self._recipe.after * other)
         return self._with(scale=self._recipe.scale * other)
 
-    def div(self, other: Any) -> Any:
-        if self._real is not None or not isinstance(other, int | float):
-            return self.materialise("div") / real(other, "div")
+    def div(self, other: Any, *, rounding_mode: str | None = None) -> Any:
+        if self._real is not None or not _is_factor(other) or rounding_mode is not None:
+            return torch.div(self.materialise("div"), real(other, "div"), rounding_mode=rounding_mode)
         return self.mul(1.0 / other)
 
     __mul__ = __rmul__ = multiply = mul
@@ -150,14 +197,18 @@ class LazyLogits:
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         dtype, device = _dtype_and_device(args, kwargs)
-        if self._real is not None or (device is not None and device.type != self.device.type):
+        moves = device is not None and device != self.device and not (device.index is None and device.type == self.device.type)
+        if self._real is not None or moves or not (dtype is None or dtype.is_floating_point):
             return self.materialise("to").to(*args, **kwargs)
         return self if dtype is None or dtype == self.dtype else self._with(dtype=dtype)
 
-    type = to
+    def type(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], torch.dtype):
+            return self.to(args[0])
+        return self.materialise("type").type(*args, **kwargs)
 
     def contiguous(self, *args: Any, **kwargs: Any) -> Any:
-        return self
+        return self if self._contiguous else self.clone()
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
         return self._with() if self._real is None else self._real.clone()
@@ -165,15 +216,22 @@ class LazyLogits:
     def detach(self) -> Any:
         return self.materialise("detach").detach()
 
-    def view(self, *shape: Any) -> Any:
-        sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-        if self._real is not None or isinstance(sizes[0], torch.dtype) or not self._keeps_vocab(sizes):
-            return self.materialise("view").view(*shape)
-        return self._with(self._hidden.reshape(*sizes[:-1], self._hidden.shape[-1]))
+    def view(self, *shape: Any, **named: Any) -> Any:
+        sizes = _sizes(shape, named)
+        if self._real is not None or not self._keeps_vocab(sizes):
+            return self.materialise("view").view(*shape, **named)
+        hidden = self._hidden.reshape(*sizes[:-1], self._hidden.shape[-1])
+        return self._view(hidden, "view", sizes, self._contiguous, self._recipe.vocab)
 
-    reshape = view
+    def reshape(self, *shape: Any, **named: Any) -> Any:
+        sizes = _sizes(shape, named)
+        if self._real is not None or not self._keeps_vocab(sizes):
+            return self.materialise("reshape").reshape(*shape, **named)
+        return self.contiguous().view(*sizes)
 
     def _keeps_vocab(self, sizes: tuple[Any, ...]) -> bool:
+        if not all(isinstance(size, int) for size in sizes):
+            return False
         if sizes[-1] == -1:
             return -1 not in sizes[:-1] and math.prod(sizes[:-1]) * self._recipe.vocab == self.numel()
         return bool(sizes[-1] == self._recipe.vocab)
@@ -182,7 +240,8 @@ class LazyLogits:
         end = end_dim if end_dim >= 0 else self.dim() + end_dim
         if self._real is not None or end >= self.dim() - 1:
             return self.materialise("flatten").flatten(start_dim, end_dim)
-        return self._with(self._hidden.flatten(start_dim, end))
+        hidden = self._hidden.flatten(start_dim, end)
+        return self.reshape(*hidden.shape[:-1], self._recipe.vocab)
 
     def __getitem__(self, index: Any) -> Any:
         lazy = self._index(index) if self._real is None else None
@@ -191,19 +250,24 @@ class LazyLogits:
     def _index(self, index: Any) -> "LazyLogits | None":
         """Index the leading dimensions of `hidden`, and take a prefix of the vocabulary; None for anything else."""
         parts = index if isinstance(index, tuple) else (index,)
-        if any(part is None or isinstance(part, bool) for part in parts):
-            return None
         used = sum(_dims_used(part) for part in parts)
+        if used > self.dim() or any(part is None or isinstance(part, bool) for part in parts):
+            return None
         if any(part is Ellipsis for part in parts):
             at = next(i for i, part in enumerate(parts) if part is Ellipsis)
             parts = (*parts[:at], *(slice(None),) * (self.dim() - used), *parts[at + 1 :])
             used = self.dim()
-        if used < self.dim():
-            return self._with(self._hidden[parts])
-        prefix = _prefix(parts[-1], self._recipe.vocab)
-        if prefix is None:
+        vocab: int | None = self._recipe.vocab
+        leading = parts
+        if used == self.dim():
+            vocab, leading = _prefix(parts[-1], self._recipe.vocab), parts[:-1]
+        if vocab is None:
             return None
-        return self._with(self._hidden[parts[:-1]] if len(parts) > 1 else self._hidden, vocab=prefix)
+        hidden = self._hidden[leading] if leading else self._hidden
+        if not all(isinstance(part, int | slice) for part in parts):
+            return self._with(hidden, vocab=vocab)  # a copy
+        contiguous = self._contiguous and vocab == self._recipe.vocab and _keeps_rows_together(leading)
+        return self._view(hidden, "__getitem__", (index,), contiguous, vocab)
 
     # the loss
 
@@ -216,7 +280,8 @@ class LazyLogits:
         if self._real is not None or self.dim() != 2 or not classes or weight is not None or legacy:
             return None
         request = LossRequest(self._recipe, target, ignore_index, reduction, smoothing)
-        loss: torch.Tensor = call_head(self._head, self._hidden, request)
+        loss: torch.Tensor = call_head(self._call.head, self._hidden, request)
+        self._call.loss_taken = True
         # autocast computes cross_entropy in float32; otherwise it has the dtype of the logits
         return loss.float() if torch.is_autocast_enabled(self.device.type) else loss.to(self.dtype)
 
@@ -238,6 +303,22 @@ class LazyLogits:
         if name == "mul" and len(args) == 2 and isinstance(args[1], cls):
             return args[1].mul(args[0])
         return function(*tree_map(lambda x: real(x, name), args), **tree_map(lambda x: real(x, name), kwargs))
+
+    # what cannot be answered after the loss, as it had no logits to differentiate by
+
+    def register_hook(self, hook: Callable[..., Any]) -> Any:
+        return self._watched("register_hook").register_hook(hook)
+
+    def retain_grad(self) -> None:
+        self._watched("retain_grad").retain_grad()
+
+    def _watched(self, why: str) -> torch.Tensor:
+        if self._call.loss_taken:
+            raise RuntimeError(
+                f"{why}: the loss was computed without logits, so these have no gradient of it; "
+                "to have one, apply(model, loss=False)."
+            )
+        return self.materialise(why)
 
     # everything else builds the logits
 
@@ -295,11 +376,28 @@ def _dtype_and_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[to
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.dtype):
             dtype = value
-        elif isinstance(value, torch.device | str) and not isinstance(value, bool):
+        elif isinstance(value, torch.device | str):
             device = torch.device(value)
         elif isinstance(value, torch.Tensor | LazyLogits):
             dtype, device = value.dtype, value.device
     return dtype, device
+
+
+def _is_factor(value: Any) -> bool:
+    """A number that scales, and that can be divided by."""
+    return isinstance(value, int | float) and value != 0 and math.isfinite(value)
+
+
+def _sizes(shape: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+    """The sizes given to view or reshape, in any of their spellings."""
+    given = (*shape, *named.values())
+    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], tuple | list) else given
+
+
+def _keeps_rows_together(leading: tuple[Any, ...]) -> bool:
+    """Whether basic indices of the leading dimensions take one block of memory."""
+    first_is_block = not leading or isinstance(leading[0], int) or leading[0].step in (None, 1)
+    return first_is_block and all(part == slice(None) for part in leading[1:])
 
 
 def _dims_used(part: Any) -> int:
@@ -319,7 +417,10 @@ def _prefix(part: Any, vocab: int) -> int | None:
 
 _RECORDED = frozenset({"tanh", "mul", "div", "true_divide", "multiply", "divide", "flatten", "reshape", "clone", "detach"})
 
-for _name in "add sub radd rsub rtruediv pow rpow neg matmul rmatmul ge gt le lt eq ne abs".split():
+_OPERATORS = "add sub radd rsub rtruediv floordiv rfloordiv mod rmod pow rpow neg pos abs matmul rmatmul ge gt le lt eq ne"
+_IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow"
+
+for _name in f"{_OPERATORS} {_IN_PLACE} bool float int".split():
 
     def _operator(self: LazyLogits, *args: Any, _name: str = f"__{_name}__") -> Any:
         return getattr(self.materialise(_name), _name)(*(real(arg, _name) for arg in args))

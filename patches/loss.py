@@ -18,9 +18,9 @@ from torch import nn
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.linear_cross_entropy import KERNEL, linear_cross_entropy
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
-from automodel_accel.patches.lazy_logits import LazyLogits, LossRequest, Recipe, apply_recipe
+from automodel_accel.patches.lazy_logits import HeadCall, LazyLogits, LossRequest, Recipe, apply_recipe
 from automodel_accel.patches.probe import PROBE_ERRORS, functional_copy
-from automodel_accel.patches.retype import changed_by_others, is_retyped, retype
+from automodel_accel.patches.retype import changed_by_others, has_backward_hooks, is_retyped, retype
 
 PROBE_HIDDEN = 8
 PROBE_TOKENS = 5
@@ -98,7 +98,7 @@ class LossPatch:
         def ours(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
             head = _narrow_head(leaves["weight"], leaves.get("bias"))
             retype(head, {"forward": _head_forward(nn.Linear.forward, {key: implementation}, Counts())}, None)
-            return F.cross_entropy(LazyLogits(leaves["x"], head, recipe, Counts()), target)  # type: ignore[arg-type]
+            return F.cross_entropy(LazyLogits(leaves["x"], HeadCall(head, Counts()), recipe), target)  # type: ignore[arg-type]
 
         wide = replace(recipe, dtype=torch.float64)
         return Experiment(
@@ -139,16 +139,22 @@ def _owner_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _head_forward(original: Callable[..., Any], proven: Proven, counts: Counts) -> Callable[..., Any]:
     @functools.wraps(original)
-    def forward(self: nn.Linear, hidden: torch.Tensor, request: Any = None) -> Any:
+    def forward(self: nn.Linear, input: torch.Tensor, request: Any = None) -> Any:  # nn.Linear's own name
         if isinstance(request, LossRequest):
-            return _loss(self, hidden, request, proven, counts)
-        if request is not None or not getattr(self, FLAG, False) or not _can_wait(self, hidden):
-            return original(self, hidden)
-        dtype = _compute_dtype(hidden)
-        if (hidden.device.type, dtype) not in proven:
-            counts.count(counts.passed_on, f"loss: not proved for {(hidden.device.type, dtype)}")
-            return original(self, hidden)
-        return LazyLogits(hidden, self, Recipe(dtype=dtype, computed_in=dtype, vocab=self.out_features), counts)
+            return _loss(self, input, request, proven, counts)
+        if request is not None or not getattr(self, FLAG, False) or not _can_wait(self, input):
+            return original(self, input)
+        if has_backward_hooks(self):
+            counts.count(counts.passed_on, "loss: the head has backward hooks, which need logits")
+            return original(self, input)
+        if _is_dropped_with_others(self):
+            counts.count(counts.passed_on, "loss: FSDP2 drops the head's weight together with other modules'; shard it alone")
+            return original(self, input)
+        dtype = _compute_dtype(input)
+        if (input.device.type, dtype) not in proven:
+            counts.count(counts.passed_on, f"loss: not proved for {(input.device.type, dtype)}")
+            return original(self, input)
+        return LazyLogits(input, HeadCall(self, counts), Recipe(dtype=dtype, computed_in=dtype, vocab=self.out_features))
 
     return forward
 
@@ -168,7 +174,7 @@ def _loss(head: nn.Linear, hidden: torch.Tensor, request: LossRequest, proven: P
         bias=None if bias is None else bias.to(dtype),
         # after * tanh(scale * z) = softcap * tanh(scale * softcap * z / softcap)
         scale=recipe.scale * recipe.after if recipe.tanh else recipe.scale,
-        softcap=recipe.after if recipe.tanh else None,
+        softcap=abs(recipe.after) if recipe.tanh else None,
         ignore_index=request.ignore_index,
         label_smoothing=request.label_smoothing,
         reduction=request.reduction,
@@ -184,6 +190,18 @@ def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
 
 def _can_wait(head: nn.Linear, hidden: Any) -> bool:
     return type(hidden) is torch.Tensor and hidden.dim() > 1 and hidden.shape[-1] == head.in_features
+
+
+def _is_dropped_with_others(head: nn.Module) -> bool:
+    """Whether FSDP2 frees the weight after the forward, in one unit with other modules.
+
+    The loss would have to call the head, and so the unit, a second time: its backward would then free the others' weights early.
+    """
+    state = head._get_fsdp_state() if hasattr(head, "_get_fsdp_state") else None  # type: ignore[operator]
+    if state is None or len(state._modules) == 1:
+        return False
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return any(group is not None and group.post_forward_mesh_info is not None for group in groups)
 
 
 def _is_lazy_head(head: Any) -> bool:

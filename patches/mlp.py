@@ -17,7 +17,7 @@ from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.gated_linear import ACTIVATIONS, KERNEL, gated_linear, reference
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
 from automodel_accel.patches.probe import cached, call, functional_copy, structure_key
-from automodel_accel.patches.retype import changed_by_others, retype
+from automodel_accel.patches.retype import changed_by_others, has_hooks, retype
 
 HIDDEN, INNER = 12, 20  # sizes of the probe's linears
 LAYOUTS = ("gate_up", "up_gate")
@@ -107,17 +107,22 @@ class MlpPatch:
         """Re-type the MLP."""
         form: MlpForm = claim.form  # type: ignore[assignment]
         (module,) = modules
-        retype(module, {"forward": _forward(type(module).forward, form, proven, counts)}, counts)
+        retype(module, {"forward": _forward(module, form, proven, counts)}, counts)
 
 
-def _forward(original: Callable[..., Any], form: MlpForm, proven: Proven, counts: Counts) -> Callable[..., Any]:
+def _forward(module: nn.Module, form: MlpForm, proven: Proven, counts: Counts) -> Callable[..., Any]:
+    original = type(module).forward
     *first, down = form.linears
+    others = [(name, type(child)) for name, child in module.named_children() if name not in form.linears]
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs:
-            counts.count(counts.passed_on, "mlp: called with more than one input")
+            counts.count(counts.passed_on, "mlp: called with more than one input, or by keyword")
             return original(self, *args, **kwargs)
+        if any(_is_changed(self._modules[name], was) for name, was in others):
+            counts.count(counts.passed_on, "mlp: its activation or dropout was replaced, switched on or given hooks")
+            return original(self, *args)
         projected = [getattr(self, name)(args[0]) for name in first]
         implementation = proven.get(_call_key(projected))
         if implementation is None:
@@ -130,6 +135,11 @@ def _forward(original: Callable[..., Any], form: MlpForm, proven: Proven, counts
         return getattr(self, down)(inner)
 
     return forward
+
+
+def _is_changed(child: nn.Module | None, was: type[nn.Module]) -> bool:
+    """Whether a child that the fused path does not call would do something else than when it was probed."""
+    return type(child) is not was or has_hooks(child) or bool(child.training and getattr(child, "p", 0.0))
 
 
 def _call_key(projected: list[torch.Tensor]) -> CallKey:

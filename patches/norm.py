@@ -126,7 +126,7 @@ def _forward(original: Callable[..., Any], form: NormForm, proven: Proven, count
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs:
-            counts.count(counts.passed_on, "norm: called with more than one input")
+            counts.count(counts.passed_on, "norm: called with more than one input, or by keyword")
             return original(self, *args, **kwargs)
         x = args[0]
         weight = getattr(self, form.weight) if form.weight else None

@@ -56,6 +56,16 @@ def restore(module: nn.Module) -> None:
             delattr(module, name)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or has_backward_hooks(module)
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether somebody wants to see the gradient of the module's output or inputs."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 def changed_by_others(path: str, module: nn.Module) -> Refusal | None:
     """Say so when the module's forward is no longer its class's own: ours would have no effect, or undo theirs."""
     override = vars(module).get("forward")

@@ -202,7 +202,7 @@ def _forward(
         _check_targets(target, weight.shape[0], options)
     divisor = _divisor(target, num_items, options, _compute_dtype(hidden))
     wanted = needs if options.ready_in_forward(hidden.dtype) else [False] * 3
-    row_weight_N = divisor.reciprocal().expand(target.shape)
+    row_weight_N = (torch.ones_like(divisor) / divisor).expand(target.shape)
     loss_N, *grads = _in_chunks(hidden, weight, bias, target, row_weight_N, options, wanted)
     loss = loss_N if reduction == "none" else loss_N.sum()
     return loss / divisor, grads[0], grads[1], grads[2]
@@ -228,13 +228,14 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     given = (scale, softcap, ignore_index, label_smoothing, reduction, valid_rows, workspace_bytes, implementation, needs)
     options = _Options(*given)
-    if ready:
-        grads = [grad.clone() for grad in ready]
+    grads = [grad.clone() for grad in ready]
+    if not grads:
+        once = torch.ones_like(grad_output) if options.ready_in_forward(hidden.dtype) else grad_output
+        row_weight_N = (once / _divisor(target, num_items, options, _compute_dtype(hidden))).expand(target.shape)
+        grads = list(_in_chunks(hidden, weight, bias, target, row_weight_N, options, needs)[1:])
+    if options.ready_in_forward(hidden.dtype):
         _scale_all_(grads, grad_output, hidden, weight, options)
-        return grads[0], grads[1], grads[2]
-    divisor = _divisor(target, num_items, options, _compute_dtype(hidden))
-    row_weight_N = (grad_output / divisor).expand(target.shape)
-    return _in_chunks(hidden, weight, bias, target, row_weight_N, options, needs)[1:]
+    return grads[0], grads[1], grads[2]
 
 
 def _in_chunks(

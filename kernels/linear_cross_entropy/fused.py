@@ -12,7 +12,7 @@ import triton.language as tl
 
 from automodel_accel.kernels.launch import persistent_programs
 
-MAX_BLOCK = 4096
+MAX_BLOCK = 2048  # 8 elements a thread, which is one word of 16 bytes where they take 2 bytes each
 SCALE_BLOCK = 4096
 SCALE_PROGRAMS_PER_PROCESSOR = 8
 
