@@ -1,0 +1,112 @@
+"""Launches whose kernels are compiled ahead of time, without a GPU: one list an operation, gathered in `CASES`.
+
+A case is a call of the implementation's own host code on CPU tensors, so that grid, constants, warps and stages are those of a
+real launch. `tests/ops/aot.py` records the launch, and compiles it for each target instead of running it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from automodel_accel.kernels.gated_linear import fused as gated_linear
+from automodel_accel.kernels.linear_cross_entropy import fused as linear_cross_entropy
+from automodel_accel.kernels.rms_norm import fused as rms_norm
+
+DTYPES = (torch.bfloat16, torch.float32)
+HIDDEN = (2048, 4096, 8192)
+ROWS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class AotCase:
+    """One call of host code, which launches one kernel or more.
+
+    Attributes:
+        name: operation/direction/dtype/length of a row/options.
+        launch: Makes the tensors and calls the host code.
+        programs_per_processor: How many programs must fit on one streaming multiprocessor at once.
+        may_spill: Whether registers may spill: rows longer than 8192 do not fit into them.
+        single_values: How many accesses of 2 bytes its kernels make, such as one logit of a row.
+    """
+
+    name: str
+    launch: Callable[[], object]
+    programs_per_processor: int = 1
+    may_spill: bool = False
+    single_values: int = 0
+
+
+def _rms_norm(dtype: torch.dtype, hidden: int, order: str = "cast_then_mul") -> list[AotCase]:
+    x, weight, rstd = torch.ones(ROWS, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype), torch.ones(ROWS)
+    name = f"{dtype}/{hidden}/{order}"
+    fit = (2 if hidden <= 4096 else 1, hidden > 8192)
+    return [
+        AotCase(f"rms_norm/forward/{name}", lambda: rms_norm.forward(x, weight, 1e-6, 0.0, order, dtype), *fit),
+        AotCase(f"rms_norm/backward/{name}", lambda: rms_norm.backward(x, x, weight, rstd, 0.0, order, True), *fit),
+    ]
+
+
+RMS_NORM = [
+    *(case for dtype in DTYPES for hidden in HIDDEN for case in _rms_norm(dtype, hidden)),
+    *_rms_norm(torch.bfloat16, 4096, "mul_then_cast"),
+    *_rms_norm(torch.bfloat16, 16384),
+]
+
+
+def _gated_linear(dtype: torch.dtype, hidden: int, activation: str = "silu", packed: bool = False) -> list[AotCase]:
+    both, grad_both, grad_output = (torch.ones(ROWS, size, dtype=dtype) for size in (2 * hidden, 2 * hidden, hidden))
+    gate, up = both.chunk(2, -1) if packed else (grad_output.clone(), grad_output.clone())
+    grad_gate, grad_up = grad_both.chunk(2, -1) if packed else (torch.empty_like(gate), torch.empty_like(up))
+    name = f"{dtype}/{hidden}/{activation}" + ("/packed" if packed else "")
+    return [
+        AotCase(f"gated_linear/forward/{name}", lambda: gated_linear.forward(gate, up, activation), 10),
+        AotCase(
+            f"gated_linear/backward/{name}",
+            lambda: gated_linear.backward(grad_output, gate, up, activation, grad_gate, grad_up),
+            10,
+        ),
+    ]
+
+
+GATED_LINEAR = [
+    *(case for dtype in DTYPES for hidden in HIDDEN for case in _gated_linear(dtype, hidden)),
+    *(case for dtype in DTYPES for case in _gated_linear(dtype, 8192, packed=True)),
+    *(case for activation in ("gelu", "gelu_tanh") for case in _gated_linear(torch.bfloat16, 8192, activation)),
+]
+
+
+def _cross_entropy(dtype: torch.dtype, vocab: int, softcap: float | None = None, smoothing: float = 0.0) -> list[AotCase]:
+    logits = torch.ones(ROWS, -(-vocab // 16) * 16, dtype=dtype)[:, :vocab]
+    target, weight = torch.ones(ROWS, dtype=torch.int64), torch.ones(()).expand(ROWS)
+    form = (0.5, softcap, -100, smoothing)
+    name = f"{dtype}/{vocab}/softcap {softcap}/smoothing {smoothing}"
+    fit = (3, False, int(dtype != torch.float32))
+    return [
+        AotCase(
+            f"linear_cross_entropy/forward/{name}", lambda: linear_cross_entropy.forward(logits, target, *form), *fit
+        ),
+        AotCase(
+            f"linear_cross_entropy/backward/{name}",
+            lambda: linear_cross_entropy.backward(logits, target, weight, *form),
+            *fit,
+        ),
+    ]
+
+
+def _scale(dtype: torch.dtype) -> AotCase:
+    grad, factor = torch.ones(ROWS, 4096, dtype=dtype), torch.ones(())
+    return AotCase(f"linear_cross_entropy/scale/{dtype}", lambda: linear_cross_entropy.scale_(grad, factor), 8)
+
+
+LINEAR_CROSS_ENTROPY = [
+    *(case for dtype in DTYPES for vocab in (128256, 50257) for case in _cross_entropy(dtype, vocab)),
+    *(case for dtype in DTYPES for case in _cross_entropy(dtype, 256000, 30.0, 0.1)),
+    *map(_scale, DTYPES),
+]
+
+CASES: dict[str, list[AotCase]] = {
+    "rms_norm": RMS_NORM,
+    "gated_linear": GATED_LINEAR,
+    "linear_cross_entropy": LINEAR_CROSS_ENTROPY,
+}

@@ -1,0 +1,291 @@
+"""What users put around a model: gradient checkpointing, torch.compile, LoRA, FSDP2, accelerate, torch.func."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import accelerate
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import automodel_accel as accel
+from tests.swap.compare import Step, applied, assert_as_good, assert_close, assert_equal, gradients, step
+from tests.tiny import CAUSAL, batch, tiny
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_neox"])
+def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
+    model = tiny(name)
+    ours = applied(model)
+    for m in (ours, model):
+        m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        m.enable_input_require_grads()
+    assert_close(step(ours, **batch()), step(model, **batch()))
+    report = accel.report(ours)
+    assert report.counts.fused["loss"] == 1
+    assert report.counts.fused["norm"] > CAUSAL[name]["norm"] or not CAUSAL[name]["norm"], "layers were not run again"
+    assert report.materialised_logits == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "gpt_neox", "granite"])
+def test_compiled_whole(name: str) -> None:
+    """One graph, forward and backward, as in vanilla."""
+    model = tiny(name)
+    ours = applied(model)
+    expected = step(model, **batch())
+    torch._dynamo.reset()
+    assert_close(step(torch.compile(ours, backend="aot_eager", fullgraph=True), **batch()), expected)
+    assert_close(step(ours, **batch()), expected)
+
+
+def test_compiled_graph_holds_the_fused_operations() -> None:
+    """And takes no more graphs, for three batches, than vanilla does."""
+    torch._dynamo.reset()
+    model = tiny()
+    names: list[set[str]] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        names.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+        return graph.forward
+
+    compiled = torch.compile(applied(model), backend=look, fullgraph=True)
+    for _ in range(3):
+        assert_close(step(compiled, **batch()), step(model, **batch()))
+    assert len(names) == 1
+    found = {name for name in names[0] if "automodel_accel" in name}
+    assert {name.split("automodel_accel.")[-1].split(".")[0] for name in found} == {"rms_norm", "gated_linear", "linear_cross_entropy"}
+
+
+def test_logits_out_of_a_compiled_step() -> None:
+    torch._dynamo.reset()
+    model = tiny()
+    compiled = torch.compile(applied(model), backend="eager")
+    outputs = compiled(**batch())
+    torch.testing.assert_close(outputs.logits.detach(), model(**batch()).logits.detach())
+    torch.testing.assert_close(outputs.logits.shape, model(**batch()).logits.shape)
+
+
+def test_model_compiled_before_it_is_applied() -> None:
+    torch._dynamo.reset()
+    model = tiny()
+    expected = step(model, **batch())
+    model.model.layers[0].mlp.compile(backend="eager")
+    model.model.norm.compile(backend="eager")
+    model.compile(backend="eager")
+    step(model, **batch())
+    report = accel.report(accel.apply(model))
+    assert {fusion: report.places(fusion) for fusion in CAUSAL["llama"]} == CAUSAL["llama"]
+    assert_close(step(model, **batch()), expected)
+    accel.revert(model)
+    assert_close(step(model, **batch()), expected)
+
+
+def lora(model: nn.Module, **config: Any) -> nn.Module:
+    """PEFT's LoRA, the same random A and B each time."""
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, **{"target_modules": "all-linear", **config}))
+    torch.manual_seed(4)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return wrapped.train()
+
+
+LORA: dict[str, tuple[dict[str, Any], int]] = {
+    "all linears": ({}, 1),
+    "attention only": ({"target_modules": ["q_proj", "v_proj"]}, 1),
+    "one linear of the mlp": ({"target_modules": ["up_proj"]}, 1),
+    "rslora without dropout": ({"use_rslora": True, "lora_alpha": 3}, 1),
+    "dora": ({"use_dora": True}, 1),
+    "head saved": ({"modules_to_save": ["lm_head"]}, 0),
+    "head adapted": ({"target_modules": ["q_proj", "down_proj", "lm_head"]}, 0),
+    "norms saved": ({"modules_to_save": ["norm"]}, 1),
+    "bias": ({"bias": "all"}, 1),
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["apply, then lora", "lora, then apply"])
+@pytest.mark.parametrize(("config", "fused"), LORA.values(), ids=LORA)
+def test_lora(config: dict[str, Any], fused: int, before: bool) -> None:
+    model = tiny(tie_word_embeddings=False)
+    vanilla = lora(copy.deepcopy(model), **config)
+    ours = lora(accel.apply(model), **config) if before else accel.apply(lora(model, **config))
+    theirs = step(vanilla, **batch())
+    assert_close(step(ours, **batch()), theirs)
+    report = accel.report(ours)
+    assert report.counts.fused["loss"] == fused
+    assert report.counts.fused["mlp"] == 2
+    assert report.counts.fused["norm"] == 5
+    with vanilla.disable_adapter(), ours.disable_adapter():
+        torch.testing.assert_close(ours(**batch()).loss, vanilla(**batch()).loss)
+    for adapter in (vanilla, ours):
+        adapter.merge_adapter()
+    torch.testing.assert_close(ours(**batch()).loss, vanilla(**batch()).loss)
+    for adapter in (vanilla, ours):
+        adapter.unmerge_adapter()
+    assert ours.state_dict().keys() == vanilla.state_dict().keys()
+    accel.revert(ours)
+    assert [type(module) for module in ours.modules()] == [type(module) for module in vanilla.modules()]
+    assert_close(step(ours, **batch()), theirs)
+
+
+def test_lora_on_the_head_says_what_the_head_is() -> None:
+    model = lora(tiny(tie_word_embeddings=False), target_modules=["lm_head"])
+    (why,) = [str(refusal) for fusion, refusal in accel.plan(model).refusals if fusion == "loss"]
+    assert "base_model.model.lm_head: the output head is a peft.tuners.lora" in why
+    assert "expected a torch.nn.Linear" in why
+    assert "the model's own loss stays, with its logits" in why
+
+
+def test_lora_files_are_the_stock_files(tmp_path: Any) -> None:
+    for name, make in (("theirs", lambda m: lora(m)), ("ours", lambda m: lora(accel.apply(m)))):
+        make(tiny()).save_pretrained(tmp_path / name)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
+
+
+def test_lora_merged_and_unloaded() -> None:
+    model = tiny()
+    merged = [lora(m).merge_and_unload() for m in (applied(model), model)]
+    assert_close(step(merged[0], **batch()), step(merged[1], **batch()))
+    assert accel.report(merged[0]).materialised_logits == 0
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One process with gloo."""
+    store = tmp_path_factory.mktemp("gloo") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def shard(model: nn.Module, mesh: Any, group: str) -> nn.Module:
+    """fully_shard in the ways that people do it."""
+    layers = list(model.model.layers)
+    units: list[Any] = {
+        "root only": [],
+        "layers": layers,
+        "layers, head": [*layers, model.lm_head],
+        "layers, norm and head together": [*layers, [model.model.norm, model.lm_head]],
+        "layers, norm and head together and kept": [*layers, [model.model.norm, model.lm_head]],
+    }[group]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward="kept" not in group)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(step: Step) -> Step:
+    """With whole tensors for sharded gradients."""
+    return Step(step.loss, {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in step.gradients.items()})
+
+
+SHARDINGS = {
+    "root only": 2,
+    "layers": 2,
+    "layers, head": 2,
+    "layers, norm and head together": 0,
+    "layers, norm and head together and kept": 2,
+}
+
+
+@pytest.mark.parametrize(("group", "fused"), SHARDINGS.items(), ids=SHARDINGS)
+def test_fully_shard(mesh: Any, group: str, fused: int) -> None:
+    model = tiny(tie_word_embeddings=False)
+    expected = step(model, **batch())
+    ours = shard(accel.apply(model), mesh, group)
+    for _ in range(2):
+        assert_close(whole(step(ours, **batch())), expected)
+    report = accel.report(ours)
+    assert report.counts.fused["loss"] == fused
+    assert report.materialised_logits == 0
+    if not fused:
+        assert any("FSDP2 drops the head's weight together with other modules'; shard it alone" in why for why in report.counts.passed_on)
+    with pytest.raises(ValueError, match=r"FSDP.* was derived from a swapped class after apply .*revert before wrapping"):
+        accel.revert(ours)
+    assert_close(whole(step(ours, **batch())), expected)
+    logits = ours(**batch()).logits
+    torch.testing.assert_close(logits.detach(), tiny(tie_word_embeddings=False)(**batch()).logits.detach())
+
+
+def test_apply_after_fully_shard(mesh: Any) -> None:
+    """The weights are DTensors: norms and mlps are proved on copies, and the head is refused with its type."""
+    model = tiny(tie_word_embeddings=False)
+    expected = step(model, **batch())
+    ours = accel.apply(shard(model, mesh, "layers"))
+    assert_close(whole(step(ours, **batch())), expected)
+    assert any("the head's weight is a DTensor: sharded" in str(refusal) for _, refusal in accel.report(ours).refusals)
+    accel.revert(ours)
+    assert_close(whole(step(ours, **batch())), expected)
+
+
+def test_accelerate_prepare_and_unwrap() -> None:
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    model = tiny()
+    truth = step(model, **batch())
+    ours, theirs = (accelerator.prepare(m) for m in (applied(model), copy.deepcopy(model)))
+    assert_as_good(step(ours, **batch()), step(theirs, **batch()), truth, torch.bfloat16)
+    assert accel.report(ours).counts.fused["loss"] == 1
+    assert accel.report(ours).materialised_logits == 0
+    unwrapped = accelerator.unwrap_model(accel.revert(ours), keep_fp32_wrapper=False)
+    assert_close(step(unwrapped, **batch()), truth)
+
+
+def test_functional_call_and_functional_gradients() -> None:
+    model = tiny(tie_word_embeddings=False)
+    ours = applied(model)
+    parameters = {name: p.detach() * 1.1 for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor], m: nn.Module) -> torch.Tensor:
+        return torch.func.functional_call(m, parameters, kwargs=batch()).loss
+
+    mine, theirs = (torch.func.grad_and_value(loss)(parameters, m) for m in (ours, model))
+    assert_close(Step(mine[1], mine[0]), Step(theirs[1], theirs[0]))
+
+
+def test_a_second_derivative_raises_and_does_not_return_a_wrong_number() -> None:
+    model = applied(tiny())
+    loss = model(**batch()).loss
+    weight = model.model.norm.weight
+    (first,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(first.square().sum(), weight)
+
+
+def test_moved_and_cast_after_apply() -> None:
+    for dtype in (torch.bfloat16, torch.float64, torch.float16):
+        model = tiny()
+        ours = applied(model).to(dtype)
+        mine, theirs = step(ours, **batch()), step(model.to(dtype), **batch())
+        torch.testing.assert_close(mine.loss, theirs.loss, rtol=2e-2, atol=2e-2)
+        assert {g.dtype for g in mine.gradients.values()} == {dtype}
+
+
+def test_vocabulary_resized_after_apply() -> None:
+    """The new head is an ordinary one: correct, no longer fused."""
+    model = tiny()
+    ours = applied(model)
+    torch.manual_seed(0)
+    ours.resize_token_embeddings(105, mean_resizing=False)
+    torch.manual_seed(0)
+    model.resize_token_embeddings(105, mean_resizing=False)
+    assert_close(step(ours, **batch()), step(model, **batch()))
+    accel.revert(ours)
+    assert_close(step(ours, **batch()), step(model, **batch()))
+
+
+def test_gradients_of_a_reverted_model_are_vanilla_after_everything() -> None:
+    model = tiny()
+    expected = step(model, **batch())
+    accel.apply(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    step(model, **batch())
+    model.gradient_checkpointing_disable()
+    accel.revert(model)
+    assert_equal(step(model, **batch()), expected)
+    assert gradients(model).keys() == expected.gradients.keys()
