@@ -24,7 +24,7 @@ class Verdict:
     def excess(self) -> float:
         """Error of ours over what the rule allows; at most 1 passes. NaN never passes."""
         shares = [
-            ours / allowed if (allowed := ALLOWED_RATIO * theirs + ulp) > 0 else float(ours > 0)
+            ours / allowed if (allowed := ALLOWED_RATIO * theirs + ulp) > 0 else (0.0 if ours == 0 else float("inf"))
             for ours, theirs, ulp in zip(self.ours, self.theirs, self.ulp, strict=True)
         ]
         return float("nan") if any(share != share for share in shares) else max(shares)

@@ -72,10 +72,11 @@ def _autograd_function(name: str, definition: Definition) -> type[torch.autograd
         ctx.set_materialize_grads(False)
         ctx.inputs = len(inputs)
 
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_output is None:
             return tuple([None] * ctx.inputs)
+        if torch.is_grad_enabled():  # once_differentiable would cut the graph here, and autograd.grad never notices
+            raise RuntimeError(f"{name} cannot be differentiated twice: its gradient was asked for with create_graph=True.")
         return gradients(ctx, grad_output, definition.backward)
 
     members = {"forward": staticmethod(forward), "setup_context": staticmethod(setup_context)}

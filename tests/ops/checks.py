@@ -155,8 +155,6 @@ def _judge_results(draws: list[list[Result]]) -> None:
             f"{what}: {ours[undefined]} where the truth is {truth[undefined]}"
         )
         judged = ~undefined & theirs.isfinite()
-        if not truth[judged].any() and not theirs[judged].any():
-            assert (ours[judged] == 0).all(), f"{what}: {ours[judged]} where truth and torch are zero"
         verdict = judge(ours[judged], theirs[judged], truth[judged])
         assert verdict.passed, f"{what}: {verdict}"
 
@@ -264,13 +262,13 @@ def check_frozen_inputs(operation: Operation, dtype: torch.dtype) -> None:
 
 
 def check_double_backward(operation: Operation, dtype: torch.dtype) -> None:
-    """A second differentiation raises; it never gives a wrong or a zero result."""
+    """A gradient to be differentiated again is refused; it never comes without its graph."""
     inputs = operation.draw((5, 100), dtype)
     leaves = _leaves(inputs, floating(inputs))
     wanted = [_tensor(leaves[i]) for i in floating(inputs)]
-    first = torch.autograd.grad(operation.ours(*leaves).square().sum(), wanted, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        torch.autograd.backward(first[0].square().sum())
+    output = operation.ours(*leaves).sum()
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(output, wanted, create_graph=True)
 
 
 def check_rounding(operation: Operation, dtype: torch.dtype) -> None:
@@ -307,17 +305,12 @@ def check_registered(name: str, *arguments: Any) -> None:
     torch.library.opcheck(getattr(torch.ops.automodel_accel, name).default, wanted)
 
 
-def check_functorch(operation: Operation, grad: bool) -> None:
-    """`torch.func.vmap` and forward mode, which no implementation serves, say so; `torch.func.grad` is right, or says so."""
+def check_functorch(operation: Operation) -> None:
+    """Transforms of `torch.func`, which no implementation serves, say so."""
     x, *others = operation.draw((3, 20), torch.float32)
     with pytest.raises(RuntimeError, match="does not have vmap support"):
         torch.func.vmap(lambda x: operation.ours(x, *others))(_tensor(x)[None])
     with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(lambda x: operation.ours(x, *others), (x,), (x,))
-    gradient = torch.func.grad(lambda x: operation.ours(x, *others).sum())
-    if grad:
-        ones = torch.ones_like(operation.theirs(x, *others))
-        assert torch.equal(gradient(x), differentiate(operation.ours, (x, *others), [0], ones)[1])
-    else:  # a kernel needs memory, which the tensors of torch.func do not have
-        with pytest.raises(RuntimeError, match="storage"):
-            gradient(x)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.func.grad(lambda x: operation.ours(x, *others).sum())(x)
