@@ -12,6 +12,7 @@ from automodel_accel.config import AccelConfig
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.facts import Facts, this_machine
 from automodel_accel.patches.contract import Counts
+from automodel_accel.patches.probe import undisturbed
 from automodel_accel.patches.retype import is_retyped, owner_of, restore
 from automodel_accel.plan import Plan, all_patches, make_plan
 from automodel_accel.prove import prove_all, proof_refusal
@@ -28,9 +29,17 @@ class RefusedError(ValueError):
 
 
 def plan(model: nn.Module, config: AccelConfig | dict[str, Any] | None = None, *, facts: Facts | None = None, **fusions: Any) -> Plan:
-    """What `apply` would do to `model`, which is left untouched. Takes the arguments of `apply`."""
+    """What `apply` would do to `model`, which is left untouched. Takes the arguments of `apply`.
+
+    For a model that is applied already it is the plan that was followed.
+    """
     _check_model(model)
-    return make_plan(model, AccelConfig.build(config, **fusions), facts or this_machine(), all_patches())
+    settings, machine = AccelConfig.build(config, **fusions), facts or this_machine()
+    if (done := _find_report(model)) is not None:
+        _check_same_settings(model, done, settings)
+        return done.plan
+    with undisturbed(machine.device):
+        return make_plan(model, settings, machine, all_patches())
 
 
 def apply(
@@ -57,9 +66,10 @@ def apply(
     if (done := _find_report(model)) is not None:
         return _already_applied(model, done, settings)
     patches = {patch.fusion: patch for patch in all_patches()}
-    found = make_plan(model, settings, facts or this_machine(), tuple(patches.values()))
-    modules = dict(model.named_modules())
-    proofs = prove_all(found.claims, patches, modules)
+    modules, machine = dict(model.named_modules()), facts or this_machine()
+    with undisturbed(machine.device):
+        found = make_plan(model, settings, machine, tuple(patches.values()))
+        proofs = prove_all(found.claims, patches, modules)
     no_proof = [(claim.fusion, no) for claim in found.claims if (no := proof_refusal(claim, proofs[claim.proof_key]))]
     claims = tuple(claim for claim in found.claims if proofs[claim.proof_key].refusal is None)
     result = Report(found, claims, found.refusals + tuple(no_proof), proofs, Counts())
@@ -83,6 +93,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         ValueError: `apply` was not called on it, or it was reverted.
     """
+    _check_model(model)
     found = _find_report(model)
     if found is None:
         raise ValueError(f"this {type(model).__name__} is not applied; call automodel_accel.apply(model) first.")
@@ -95,6 +106,7 @@ def revert(model: Model) -> Model:
     Raises:
         ValueError: a wrapper (FSDP2's fully_shard) has derived its own classes from the swapped ones since.
     """
+    _check_model(model)
     modules = list(model.modules())
     wrapped = [type(module).__name__ for module in modules if owner_of(module) is not None and not is_retyped(module)]
     if wrapped:
@@ -129,13 +141,17 @@ def _find_report(model: nn.Module) -> Report | None:
 
 
 def _already_applied(model: Model, done: Report, settings: AccelConfig) -> Model:
+    _check_same_settings(model, done, settings)
+    logger.warning("this %s is already applied; nothing was changed. See report(model).", type(model).__name__)
+    return model
+
+
+def _check_same_settings(model: nn.Module, done: Report, settings: AccelConfig) -> None:
     if settings != done.plan.config:
         raise ValueError(
             f"this {type(model).__name__} is already applied with {done.plan.config}; call revert(model) before applying "
             f"{settings}."
         )
-    logger.warning("this %s is already applied; nothing was changed. See report(model).", type(model).__name__)
-    return model
 
 
 def _check_model(model: object) -> None:

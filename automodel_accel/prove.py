@@ -1,7 +1,7 @@
 """The proof on the spot: the real kernel against the original module, on the real device and dtype, before anything is swapped.
 
-Forward and backward, with the input and the incoming gradient also used elsewhere: a kernel that writes into either is found
-out. Places with the same structure are proved once.
+Forward and backward, and neither the inputs nor the incoming gradient may be written to: a model uses them elsewhere. Places
+with the same structure are proved once.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -92,30 +92,32 @@ def _try(experiment: Experiment) -> tuple[float, str | None]:
 
 
 def _run(function: Function, experiment: Experiment, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Output and every gradient; `x` and the gradient of the output are each used a second time."""
+    """Output and every gradient; raises where an input or the incoming gradient is written to: both may be used elsewhere."""
     rounded = {name: tensor.to(experiment.dtypes[name]) for name, tensor in experiment.inputs.items()}
     leaves = {name: tensor.to(dtype or tensor.dtype).detach().requires_grad_() for name, tensor in rounded.items()}
-    x = leaves["x"] * 1  # no leaf, as in a model
-    before = x.detach().clone()
-    with torch.enable_grad():
-        with _autocast(experiment, x.device) if dtype is None else nullcontext():
-            output = function({**leaves, "x": x})
-        sibling = torch.zeros_like(output, requires_grad=True)  # receives the very gradient that the output receives
-        weighted = ((output + sibling) * _weights(output)).sum() + (x * _weights(x)).sum()
-        weighted.backward()  # type: ignore[no-untyped-call]
-    if not torch.equal(before, x.detach()):
-        raise RuntimeError("the input was written to")
-    gradients = {f"gradient of {name}": _gradient(leaf) for name, leaf in leaves.items()}
-    return {"output": output.detach(), "gradient that the output shares": _gradient(sibling), **gradients}
+    inputs = {**leaves, "x": leaves["x"] * 1}  # x is no leaf, as in a model
+    watched = {name: (tensor.detach(), tensor.detach().clone()) for name, tensor in inputs.items()}
+    with _autocast(experiment, inputs["x"].device) if dtype is None else nullcontext():
+        output = function(inputs)
+    if not output.requires_grad:
+        raise RuntimeError("its output has no gradient")
+    output.register_hook(lambda gradient: watched.update({"the incoming gradient": (gradient, gradient.clone())}))
+    (output * _weights(output)).sum().backward()  # type: ignore[no-untyped-call]
+    for name, (tensor, before) in watched.items():
+        if not torch.equal(tensor, before):
+            raise RuntimeError(f"{name} was written to")
+    return {"output": output.detach(), **{f"gradient of {name}": _gradient(name, leaf) for name, leaf in leaves.items()}}
 
 
-def _gradient(leaf: torch.Tensor) -> torch.Tensor:
+def _gradient(name: str, leaf: torch.Tensor) -> torch.Tensor:
     if leaf.grad is None:
-        raise RuntimeError("an input received no gradient")
+        raise RuntimeError(f"{name} received no gradient")
     return leaf.grad
 
 
 def _weights(like: torch.Tensor) -> torch.Tensor:
+    if like.dim() == 0:
+        return torch.full_like(like, 0.5)  # scales exactly, so that where a kernel applies it costs no rounding
     generator = torch.Generator().manual_seed(2)
     return torch.randn(like.shape, generator=generator, dtype=torch.float32).bfloat16().to(like.device, like.dtype)
 

@@ -93,8 +93,10 @@ def _messages(messages: object, where: str) -> Row:
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(f'{where}: the message {json.dumps(message)[:80]} lacks a text as "role" or "content".')
         row.append({"role": role, "content": content})
-    if not answers(row):
-        raise ValueError(f'{where}: no message has the role "assistant", so there is nothing to learn from it.')
+    roles = [message["role"] for message in row]
+    if "assistant" not in roles[1:] or roles[0] == "assistant":
+        came = ", ".join(map(repr, roles)) or "none"
+        raise ValueError(f'{where}: the roles are {came}; expected an "assistant" after at least one "user".')
     return row
 
 

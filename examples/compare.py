@@ -114,7 +114,7 @@ def answer_table(answers: list[dict[str, Any]]) -> Table:
 
 def comparison_table(vanilla: dict[str, Any], accelerated: dict[str, Any], steps: int) -> Table:
     """What was measured, side by side."""
-    title = f"Vanilla and accelerated: the same {steps} steps, each in a process of its own"
+    title = f"The same {steps} steps, vanilla and accelerated"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for name in ("vanilla", "accelerated", "change"):

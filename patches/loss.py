@@ -20,7 +20,7 @@ from automodel_accel.kernels.linear_cross_entropy import KERNEL, linear_cross_en
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
 from automodel_accel.patches.lazy_logits import HeadCall, LazyLogits, LossRequest, Recipe, apply_recipe
 from automodel_accel.patches.probe import PROBE_ERRORS, functional_copy
-from automodel_accel.patches.retype import changed_by_others, has_backward_hooks, is_retyped, retype
+from automodel_accel.patches.retype import MODEL, changed_by_accelerator, forward_replaced, has_backward_hooks, is_retyped, retype
 
 PROBE_HIDDEN = 8
 PROBE_TOKENS = 5
@@ -55,16 +55,16 @@ class LossPatch:
         if head is None and path:
             return None  # the body of a model; its owner is asked too
         if head is None:
-            return Refusal(path, "has no output head (get_output_embeddings() is None)", "norms and mlps are served all the same")
+            return Refusal(path or MODEL, "has no output head (get_output_embeddings() is None)", "norms and mlps are served all the same")
         names = [name for name, child in module.named_modules() if child is head]
         if not names:
-            return Refusal(path, "its output head is not one of its modules", LOGITS_STAY)
+            return Refusal(path or MODEL, "its output head is not one of its modules", LOGITS_STAY)
         head_path = f"{path}.{names[0]}" if path else names[0]
-        objection = changed_by_others(path, module) or changed_by_others(head_path, head) or _objection(head_path, head)
+        objection = _changed(path, module) or _changed(head_path, head) or _objection(head_path, head)
         if objection is not None:
             return objection
         if "labels" not in inspect.signature(type(module).forward).parameters:
-            return Refusal(path, "its forward takes no labels", "it computes no loss, so there is nothing to fuse")
+            return Refusal(path or MODEL, "its forward takes no labels", "it computes no loss, so there is nothing to fuse")
         form = LossForm(head.out_features, head.in_features, head.bias is not None)
         dtype: torch.dtype = head.weight.dtype
         choices = context.choices(KERNEL, dtype, form.vocab)
@@ -75,7 +75,10 @@ class LossPatch:
         return [(device, dtype) for dtype in dict.fromkeys((claim.dtype, torch.float32, torch.bfloat16))]
 
     def experiment(self, claim: Claim, module: nn.Module, key: CallKey, implementation: str) -> Experiment:
-        """A narrow head of the real vocabulary with an ignored label, a scale and a soft-cap, through lazy logits."""
+        """A narrow head of the real vocabulary with an ignored label, through lazy logits, in the two ways of a training step.
+
+        The mean of plain logits, and the sum of scaled and soft-capped ones: what a kernel could get wrong in one way only.
+        """
         form: LossForm = claim.form  # type: ignore[assignment]
         device: str = key[0]
         dtype: torch.dtype = key[1]
@@ -89,24 +92,32 @@ class LossPatch:
         target = torch.randint(form.vocab, (PROBE_TOKENS,), generator=generator)
         target[2] = -100
         target = target.to(device)
-        recipe = Recipe(torch.float32, computed_in=dtype, vocab=form.vocab, scale=0.5, tanh=True, after=3.0)
+        plain = Recipe(torch.float32, computed_in=dtype, vocab=form.vocab)
+        capped = replace(plain, scale=0.5, tanh=True, after=3.0)
 
-        def loss(leaves: Mapping[str, torch.Tensor], recipe: Recipe) -> torch.Tensor:
-            logits = F.linear(leaves["x"], leaves["weight"], leaves.get("bias"))
-            return F.cross_entropy(apply_recipe(logits.to(recipe.dtype), recipe), target)
+        def losses(logits: Callable[[Recipe], Any], plain: Recipe, capped: Recipe) -> torch.Tensor:
+            total = F.cross_entropy(logits(capped), target, reduction="sum") / 8  # as with num_items_in_batch
+            return F.cross_entropy(logits(plain), target) + total
+
+        def real(leaves: Mapping[str, torch.Tensor], *recipes: Recipe) -> torch.Tensor:
+            def logits(recipe: Recipe) -> torch.Tensor:
+                z = F.linear(leaves["x"], leaves["weight"], leaves.get("bias"))
+                return apply_recipe(z.to(recipe.dtype), recipe)
+
+            return losses(logits, *recipes)
 
         def ours(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
             head = _narrow_head(leaves["weight"], leaves.get("bias"))
             retype(head, {"forward": _head_forward(nn.Linear.forward, {key: implementation}, Counts())}, None)
-            return F.cross_entropy(LazyLogits(leaves["x"], HeadCall(head, Counts()), recipe), target)  # type: ignore[arg-type]
+            return losses(lambda recipe: LazyLogits(leaves["x"], HeadCall(head, Counts()), recipe), plain, capped)
 
-        wide = replace(recipe, dtype=torch.float64)
+        wide = tuple(replace(recipe, dtype=torch.float64) for recipe in (plain, capped))
         return Experiment(
             inputs={name: tensor.to(device) for name, tensor in inputs.items()},
             dtypes=dict.fromkeys(inputs, dtype),
-            theirs=lambda leaves: loss(leaves, recipe),
+            theirs=lambda leaves: real(leaves, plain, capped),
             ours=ours,
-            truth=lambda leaves: loss(leaves, wide),
+            truth=lambda leaves: real(leaves, *wide),
         )
 
     def swap(self, claim: Claim, modules: list[nn.Module], proven: Proven, counts: Counts) -> None:
@@ -215,13 +226,18 @@ def _output_head(module: nn.Module) -> Any:
         return None
 
 
+def _changed(path: str, module: nn.Module) -> Refusal | None:
+    return changed_by_accelerator(path, module) or forward_replaced(path, module)
+
+
 def _objection(path: str, head: nn.Module) -> Refusal | None:
     if is_retyped(head) or not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        return Refusal(path, f"the output head is a {type(head).__name__}, expected an nn.Linear", LOGITS_STAY)
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"
+        return Refusal(path or MODEL, f"the output head is a {kind}, expected a torch.nn.Linear with its own forward", LOGITS_STAY)
     if type(head.weight) not in (nn.Parameter, torch.Tensor):
-        return Refusal(path, f"the head's weight is a {type(head.weight).__name__}: sharded or quantised", LOGITS_STAY)
+        return Refusal(path or MODEL, f"the head's weight is a {type(head.weight).__name__}: sharded or quantised", LOGITS_STAY)
     if not head.weight.dtype.is_floating_point or head.weight.dtype.itemsize < 2:
-        return Refusal(path, f"the head's weight is {head.weight.dtype}: quantised", LOGITS_STAY)
+        return Refusal(path or MODEL, f"the head's weight is {head.weight.dtype}: quantised", LOGITS_STAY)
     return None
 
 

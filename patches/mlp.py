@@ -16,10 +16,11 @@ from torch import nn
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.gated_linear import ACTIVATIONS, KERNEL, gated_linear, reference
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
-from automodel_accel.patches.probe import cached, call, functional_copy, structure_key
-from automodel_accel.patches.retype import changed_by_others, has_hooks, retype
+from automodel_accel.patches.probe import all_close, cached, call, functional_copy, gradients, structure_key
+from automodel_accel.patches.retype import changed_by_accelerator, forward_replaced, has_hooks, retype
 
-HIDDEN, INNER = 12, 20  # sizes of the probe's linears
+HIDDEN = 12  # in place of the hidden size; the inner size is the real one, which some modules hold in a number
+NEAR, EXACT = 1e-6, 1e-9  # in float64, of the largest element; a module that activates in float32 is only near
 LAYOUTS = ("gate_up", "up_gate")
 
 
@@ -59,12 +60,15 @@ class MlpPatch:
         linears = _linears(module)
         if linears is None:
             return None
+        other = changed_by_accelerator(path, module)
+        if other is not None:
+            return other
         found = cached(self._found, structure_key(module), lambda: _probe(module, linears))
         if found is None:
             return None
-        other = changed_by_others(path, module)
-        if other is not None:
-            return other
+        replaced = forward_replaced(path, module)
+        if replaced is not None:
+            return replaced
         if isinstance(found, str):
             return Refusal(path, found, "the original forward stays")
         dtype = _activation_dtype(module)
@@ -87,8 +91,7 @@ class MlpPatch:
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
 
         def copy(leaves: Mapping[str, torch.Tensor]) -> nn.Module:
-            linears = {name: _linear(leaves[name]) for name in form.linears}
-            return functional_copy(module, {}, linears)
+            return _copy(module, form.linears, leaves)
 
         def ours(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
             swapped = copy(leaves)
@@ -173,18 +176,39 @@ def _probe(module: nn.Module, linears: Mapping[str, tuple[int, int]]) -> MlpForm
     if not roles:
         return None
     inner, hidden = linears[roles[0][-1]]
-    weights = _synthetic_weights(roles[0], HIDDEN if hidden == inner else INNER)
-    copy = functional_copy(module, {}, {name: _linear(weight) for name, weight in weights.items()}).eval()
+    weights = _synthetic_weights(module, roles[0], HIDDEN if hidden == inner else inner)
     x = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    copy = _copy(module, roles[0], weights).eval()
     # the second input drives activations far out, where a clamp or a nearly-gelu shows
     pairs = [(given, call(copy, given)) for given in (x, x * 30)]
     for names in roles:
         for activation, layout in itertools.product(ACTIVATIONS, LAYOUTS if len(names) == 2 else (None,)):
             form = MlpForm(inner, activation, layout, names)
             if all(_close(output, _definition(form, {"x": given, **weights})) for given, output in pairs):
-                return form if _close(call(copy.train(), x), pairs[0][1]) else "a gated mlp with dropout inside"
-    if len(linears) == 3:
+                return _objection(module, form, x, weights) or form
+    if len(linears) == 3 and all(output is not None for _, output in pairs):
         return f"has the linears of a gated mlp, but computes something else than {', '.join(ACTIVATIONS)} of one input"
+    return None
+
+
+def _objection(module: nn.Module, form: MlpForm, x: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> str | None:
+    """What is wrong with an MLP whose values in evaluation are right."""
+
+    def theirs(x: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
+        return _copy(module, form.linears, dict(zip(weights, leaves, strict=True))).train()(x)  # type: ignore[no-any-return]
+
+    def definition(x: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:
+        return _definition(form, {"x": x, **dict(zip(weights, leaves, strict=True))})
+
+    leaves = (x, *weights.values())
+    expected = definition(*leaves)
+    if not all_close([theirs(*leaves)], [expected], NEAR):
+        return "a gated mlp with dropout inside"
+    if not all_close([theirs(*leaves)], [expected], EXACT):
+        off = ((theirs(*leaves) - expected).abs().max() / expected.abs().max()).item()
+        return f"only nearly a gated mlp with {form.activation}: off by {off:.1g} in float64, as one that activates in float32 is"
+    if not all_close(gradients(theirs, leaves), gradients(definition, leaves), EXACT):
+        return "a gated mlp with a gradient of its own"
     return None
 
 
@@ -197,10 +221,14 @@ def _possible_roles(linears: Mapping[str, tuple[int, int]]) -> Iterator[tuple[st
             yield names
 
 
-def _synthetic_weights(names: tuple[str, ...], inner: int) -> dict[str, torch.Tensor]:
+def _synthetic_weights(module: nn.Module, names: tuple[str, ...], inner: int) -> dict[str, torch.Tensor]:
+    """Weights of narrow linears by name, and biases by name + ".bias" for those that have one."""
     generator = torch.Generator().manual_seed(0)
     shapes = _shapes(names, inner)
-    return {name: torch.randn(shapes[name], generator=generator, dtype=torch.float64) for name in names}
+    biases = [name for name in names if getattr(getattr(module, name), "bias", None) is not None]
+    sizes = {**{name: shapes[name] for name in names}, **{f"{name}.bias": shapes[name][:1] for name in biases}}
+    drawn = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
+    return {name: tensor * tensor.shape[-1] ** -0.5 if tensor.dim() == 2 else tensor for name, tensor in drawn.items()}
 
 
 def _shapes(names: tuple[str, ...], inner: int) -> dict[str, tuple[int, int]]:
@@ -209,22 +237,29 @@ def _shapes(names: tuple[str, ...], inner: int) -> dict[str, tuple[int, int]]:
     return {**dict.fromkeys(first, (inner if len(first) == 2 else 2 * inner, HIDDEN)), down: (HIDDEN, inner)}
 
 
-def _linear(weight: torch.Tensor) -> nn.Linear:
+def _copy(module: nn.Module, names: tuple[str, ...], weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The module with narrow linears of these weights."""
+    return functional_copy(module, {}, {name: _linear(weights[name], weights.get(f"{name}.bias")) for name in names})
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    # a plain attribute, not a Parameter: the weight may be an autograd leaf that the experiment made
-    del linear.weight
-    linear.weight = weight
+    # plain attributes, not Parameters: they may be autograd leaves that a probe or an experiment made
+    del linear.weight, linear.bias
+    linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
     return linear
 
 
 def _definition(form: MlpForm, leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
     *first, down = form.linears
-    projected = [nn.functional.linear(leaves["x"], leaves[name]) for name in first]
+    projected = [_project(leaves["x"], leaves, name) for name in first]
     inner = reference.gated_linear(*projected, activation=form.activation, layout=form.layout or "gate_up")
-    return nn.functional.linear(inner, leaves[down])
+    return _project(inner, leaves, down)
 
 
-def _close(output: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
-    if output is None or expected is None or output.shape != expected.shape:
-        return False
-    return torch.allclose(output, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+def _project(x: torch.Tensor, leaves: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    return nn.functional.linear(x, leaves[name], leaves.get(f"{name}.bias"))
+
+
+def _close(output: torch.Tensor | None, expected: torch.Tensor) -> bool:
+    return output is not None and all_close([output], [expected], NEAR)

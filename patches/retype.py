@@ -14,6 +14,7 @@ from torch import nn
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.patches.quirks import OTHER_ACCELERATORS
 
+MODEL = "the model"  # the place whose dotted name is empty
 INSTANCE_STATE = "_accel_"  # prefix of attributes that a swapped forward may set on its instance
 
 
@@ -66,21 +67,31 @@ def has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
-def changed_by_others(path: str, module: nn.Module) -> Refusal | None:
-    """Say so when the module's forward is no longer its class's own: ours would have no effect, or undo theirs."""
-    override = vars(module).get("forward")
-    function = getattr(override, "__func__", override) if override is not None else type(module).forward
-    package = (getattr(function, "__module__", None) or "").split(".")[0]
-    other = OTHER_ACCELERATORS.get(package) or OTHER_ACCELERATORS.get(type(module).__module__.split(".")[0])
-    if other is not None:
-        return Refusal(path, f"already changed by {other}", f"{other}'s forward stays; load the model without it to use ours")
-    if override is not None:
-        return Refusal(
-            path,
-            f"forward was replaced on the instance by {package or 'somebody'}",
-            "that forward stays; apply before it is replaced (accelerate's device hooks, kernelize)",
-        )
-    return None
+def changed_by_accelerator(path: str, module: nn.Module) -> Refusal | None:
+    """Say so when the module's class or forward comes from another accelerator."""
+    packages = (_package_of_forward(module), type(module).__module__.split(".")[0])
+    other = next((OTHER_ACCELERATORS[package] for package in packages if package in OTHER_ACCELERATORS), None)
+    if other is None:
+        return None
+    return Refusal(path or MODEL, f"already changed by {other}", f"{other}'s forward stays; load the model without it to use ours")
+
+
+def forward_replaced(path: str, module: nn.Module) -> Refusal | None:
+    """Say so when a forward was set on the instance: ours would have no effect, or undo it."""
+    if "forward" not in vars(module):
+        return None
+    return Refusal(
+        path or MODEL,
+        f"forward was replaced on the instance by {_package_of_forward(module) or 'somebody'}",
+        "that forward stays; apply before it is replaced (accelerate's device hooks, kernelize)",
+    )
+
+
+def _package_of_forward(module: nn.Module) -> str:
+    forward = vars(module).get("forward", type(module).forward)
+    function = getattr(forward, "__func__", forward)
+    function = getattr(function, "func", function)  # of a partial, such as accelerate's
+    return (getattr(function, "__module__", None) or "").split(".")[0]
 
 
 def _copying(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:

@@ -1,6 +1,7 @@
 """A model from its config alone, on the meta device: no weights are read or made."""
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,17 @@ def _source(name: str) -> str:
 def _config_dict(name: str, source: str) -> Any:
     from transformers import PretrainedConfig
 
+    path = Path(source)
+    if path.exists():
+        try:
+            return json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{name}: the config is not valid JSON: {error}") from error
     try:
         return PretrainedConfig.get_config_dict(source)[0]
-    except OSError as error:  # broken JSON, or what the hub answered
-        where = "" if Path(source).exists() else "no folder of that name here, and no config from the hub: "
-        raise ValueError(f"{name}: {where}{str(error).splitlines()[0]}") from error
+    except OSError as error:
+        where = "no folder of that name here, and no config from the hub"
+        raise ValueError(f"{name}: {where}: {str(error).splitlines()[0]}") from error
 
 
 def _check(name: str, config: Any) -> None:

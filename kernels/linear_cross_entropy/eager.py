@@ -91,11 +91,11 @@ def _block_(
     loss = (loss + total.log()).masked_fill_(ignored, 0.0)[:, 0]
     if weight is None:
         return loss
-    weight = weight[:, None].masked_fill(ignored, 0.0) * scale
-    z.mul_(weight / total)
+    z.div_(total)
     if smoothing:
-        z.sub_(weight * (smoothing / z.shape[1]))
-    z.scatter_(1, target, z.gather(1, target) - weight * (1.0 - smoothing))
+        z.sub_(smoothing / z.shape[1])
+    z.scatter_(1, target, z.gather(1, target) - (1.0 - smoothing))
+    z.mul_(weight[:, None].masked_fill(ignored, 0.0) * scale)
     if slope is not None:
         z.mul_(slope)
     return loss

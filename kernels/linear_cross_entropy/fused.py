@@ -94,17 +94,17 @@ def cross_entropy_kernel(
     if NEEDS_GRAD:
         weight = tl.load(WEIGHT + row * stride_weight) * scale
         weight = tl.where(is_class, weight, float("nan"))
-        share = weight / total
+        inverse = 1.0 / total
         for turn in range(n_blocks):
             cols = (n_blocks - 1 - turn) * BLOCK + lanes
             z = tl.load(Z + cols, mask=cols < stride_z, other=0.0).to(tl.float32) * scale
             if HAS_SOFTCAP:
                 capped = _tanh(z / softcap)
                 z = softcap * capped
-            grad = tl.exp(z - row_max) * share
+            grad = tl.exp(z - row_max) * inverse
             if HAS_SMOOTHING:
-                grad -= weight * smoothing / n_cols
-            grad -= tl.where(cols == target, weight * (1.0 - smoothing), 0.0)
+                grad -= smoothing / n_cols
+            grad = (grad - tl.where(cols == target, 1.0 - smoothing, 0.0)) * weight
             if HAS_SOFTCAP:
                 grad *= 1.0 - capped * capped
             tl.store(Z + cols, grad.to(Z.dtype.element_ty), mask=cols < stride_z)

@@ -87,7 +87,7 @@ def test_serves_other_kinds_than_causal_models(tmp_path: Path, model_type: str) 
         ('{"hidden_size": 8}', "expected a JSON object with a model_type"),
         ("[]", "expected a JSON object with a model_type"),
         ('{"model_type": ["llama"]}', "expected a JSON object with a model_type"),
-        ('{"model_type": "llama"', "is not a valid JSON file"),
+        ('{"model_type": "llama"', "is not valid JSON"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "expected int, got str"),
         ('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}', "trust_remote_code=True"),
     ],

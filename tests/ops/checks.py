@@ -68,10 +68,12 @@ def check_everything(operation: Operation, dtype: torch.dtype, shapes: Sequence[
         check(operation, dtype)
 
 
-def check_shape(operation: Operation, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def check_shape(
+    operation: Operation, dtype: torch.dtype, shape: tuple[int, ...], draws: int | None = None
+) -> None:
     """Values at one shape; over several draws where it has few elements, lest luck decide."""
-    draws = min(max(256 // max(math.prod(shape), 1), 1), 16)
-    _judge_results([_results(operation, operation.draw(shape, dtype, seed)) for seed in range(draws)])
+    draws = draws or min(max(256 // max(math.prod(shape), 1), 1), 16)
+    judge_results([_results(operation, operation.draw(shape, dtype, seed)) for seed in range(draws)])
 
 
 def check_values(
@@ -81,7 +83,7 @@ def check_values(
     wanted: Sequence[int] | None = None,
 ) -> None:
     """The output and the gradient of every input in `wanted` (of all floating ones where None) pass `judge`."""
-    _judge_results([_results(operation, inputs, grad_output, wanted)])
+    judge_results([_results(operation, inputs, grad_output, wanted)])
 
 
 def _results(
@@ -141,7 +143,7 @@ def _grad_output(output: torch.Tensor, given: torch.Tensor | None) -> torch.Tens
     return normal(torch.Generator().manual_seed(1), output.shape, output.dtype).to(output.device)
 
 
-def _judge_results(draws: list[list[Result]]) -> None:
+def judge_results(draws: list[list[Result]]) -> None:
     """Judge the finite values; where the truth is infinite or NaN, ours is that or what torch makes of it; shape and dtype agree."""
     for same in zip(*draws, strict=True):
         for name, ours, theirs, _ in same:
