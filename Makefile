@@ -6,9 +6,9 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # more threads than cores spin while they wait: several times slower on a shared machine
-test check gpu: export OMP_NUM_THREADS := 1
+test check bench gpu: export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test check lint fix gpu clean
+.PHONY: help demo test check lint fix bench gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +31,12 @@ fix: $(VENV)/test.ready ## mend what the linter and the formatter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-gpu: $(VENV)/test.ready ## the tests that need a GPU
+bench: $(VENV)/test.ready ## the benchmarks that are asserted
+	$(BIN)/python -m pytest bench $(ARGS)
+
+gpu: $(VENV)/test.ready ## the tests that need a GPU, and the benchmarks there
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m bench linear_cross_entropy
 
 clean: ## remove the virtual environment and what the tools left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage

@@ -15,7 +15,7 @@ from automodel_accel.patches.contract import Counts
 from automodel_accel.patches.probe import undisturbed
 from automodel_accel.patches.retype import is_retyped, owner_of, restore
 from automodel_accel.plan import Plan, all_patches, make_plan
-from automodel_accel.prove import prove_all, proof_refusal
+from automodel_accel.prove import proof_refusal, prove_all
 from automodel_accel.report import Report
 
 logger = logging.getLogger("automodel_accel")

@@ -1,7 +1,7 @@
 """The plan: all claims and refusals for one model, made on the untouched model."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,7 @@ class Plan:
 
     def __str__(self) -> str:
         title = f"Plan for {self.model} on {self.facts.device_name} ({self.facts.device}); nothing is changed yet"
-        return table(title, ("fusion", "recognised as", "places", "kernel", "where"), claim_rows(self.claims)) + refusal_table(
-            self.refusals
-        )
+        return claim_table(title, self.claims) + refusal_table(self.refusals)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, one entry per place."""
@@ -131,12 +129,16 @@ def _devices(model: nn.Module, facts: Facts) -> tuple[str, ...]:
     return (*sorted(here), facts.device)
 
 
-def claim_rows(claims: tuple[Claim, ...]) -> list[tuple[str, ...]]:
-    """One row per kind of place: fusion, what it is, how many, which kernel, where."""
-    kinds: dict[tuple[str, str, str], list[str]] = {}
+def claim_table(title: str, claims: tuple[Claim, ...], remark: Callable[[Claim], str] = lambda claim: "") -> str:
+    """A table of claims, places of one kind in one row, each with a remark."""
+    kinds: dict[tuple[str, str, str, str], list[str]] = {}
     for claim in claims:
-        kinds.setdefault((claim.fusion, claim.label, _kernels(claim)), []).append(claim.paths[-1])
-    return [(fusion, label, str(len(at)), kernel, grouped_places(at)) for (fusion, label, kernel), at in kinds.items()]
+        kinds.setdefault((claim.fusion, _kernels(claim), claim.label, remark(claim)), []).append(claim.paths[-1])
+    rows = [
+        (fusion, str(len(at)), kernel, "\n".join(filter(None, (label, said, grouped_places(at)))))
+        for (fusion, kernel, label, said), at in kinds.items()
+    ]
+    return table(title, ("fusion", "places", "kernel", "what and where"), rows)
 
 
 def refusal_table(refusals: tuple[tuple[str, Refusal], ...]) -> str:
@@ -144,12 +146,14 @@ def refusal_table(refusals: tuple[tuple[str, Refusal], ...]) -> str:
     kinds: dict[tuple[str, str, str], list[str]] = {}
     for fusion, refusal in refusals:
         kinds.setdefault((fusion, refusal.reason, refusal.remedy), []).append(refusal.what)
-    rows = [(fusion, why, str(len(at)), then, grouped_places(at)) for (fusion, why, then), at in kinds.items()]
-    return "\n" + table("Refused", ("fusion", "because", "places", "so", "where"), rows) if rows else ""
+    rows = [
+        (fusion, str(len(at)), f"{why}{so and '; '}{so}\n{grouped_places(at)}") for (fusion, why, so), at in kinds.items()
+    ]
+    return "\n" + table("Refused", ("fusion", "places", "why and where"), rows) if rows else ""
 
 
 def _kernels(claim: Claim) -> str:
-    return ", ".join(
+    return "\n".join(
         f"{choice.winner.name if choice.winner else 'original'} ({device})" for device, choice in claim.choices.items()
     )
 

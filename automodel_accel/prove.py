@@ -101,7 +101,11 @@ def _run(function: Function, experiment: Experiment, dtype: torch.dtype | None) 
         output = function(inputs)
     if not output.requires_grad:
         raise RuntimeError("its output has no gradient")
-    output.register_hook(lambda gradient: watched.update({"the incoming gradient": (gradient, gradient.clone())}))
+
+    def watch(gradient: torch.Tensor) -> None:
+        watched["the incoming gradient"] = gradient, gradient.clone()
+
+    output.register_hook(watch)  # type: ignore[no-untyped-call]
     (output * _weights(output)).sum().backward()  # type: ignore[no-untyped-call]
     for name, (tensor, before) in watched.items():
         if not torch.equal(tensor, before):

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.patches.contract import Claim, Counts
-from automodel_accel.plan import Plan, claim_rows, refusal_table
+from automodel_accel.plan import Plan, claim_table, refusal_table
 from automodel_accel.prove import Proof
 from automodel_accel.tables import table
 
@@ -41,15 +41,13 @@ class Report:
 
     def __str__(self) -> str:
         title = f"{self.plan.model}: {len(self.applied)} places swapped and proved"
-        rows = [(*row, self._proof_text(row[0], row[1])) for row in claim_rows(self.applied)]
-        text = table(title, ("fusion", "recognised as", "places", "kernel", "where", "proved"), rows)
+        text = claim_table(title, self.applied, self._proof_text)
         text += refusal_table(self.refusals)
         return text + "\n" + table("Since then", ("what", "calls"), self._count_rows())
 
-    def _proof_text(self, fusion: str, label: str) -> str:
-        claim = next(claim for claim in self.applied if (claim.fusion, claim.label) == (fusion, label))
+    def _proof_text(self, claim: Claim) -> str:
         proof = self.proofs[claim.proof_key]
-        return f"{len(proof.proven)} calls, {proof.excess:.0%} of the error allowed"
+        return f"proved for {len(proof.proven)} kinds of call, with {proof.excess:.0%} of the error allowed"
 
     def _count_rows(self) -> list[tuple[str, str]]:
         fused = [(f"{fusion}: by a kernel", str(number)) for fusion, number in self.counts.fused.items()]

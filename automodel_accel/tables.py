@@ -5,17 +5,23 @@ import re
 from collections.abc import Iterable, Sequence
 
 WIDTH = 118
+NARROW = ("fusion", "places", "kernel", "calls")  # columns that are never wrapped
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table as text, at most `WIDTH` columns wide or as wide as the terminal."""
+    """A table as text, at most `WIDTH` columns wide or as wide as the terminal; a cell may have several lines."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
+    rows = list(rows)
+    several = any("\n" in cell for row in rows for cell in row)
+    grid = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, leading=int(several)
+    )
     for name in header:
-        grid.add_column(name, justify="right" if name in ("places", "calls") else "left", overflow="fold")
+        justify = "right" if name in ("places", "calls") else "left"
+        grid.add_column(name, justify=justify, no_wrap=name in NARROW, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         grid.add_row(*row)
     out = io.StringIO()
@@ -25,6 +31,8 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> s
 
 
 def grouped_places(paths: Sequence[str]) -> str:
-    """Dotted names with their numbers as *: "model.layers.*.mlp"."""
-    patterns = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", path) or "(the model)" for path in paths)
-    return ", ".join(patterns)
+    """Dotted names; those that differ only in numbers as one, with * for the numbers: "model.layers.*.mlp"."""
+    alike: dict[str, list[str]] = {}
+    for path in paths:
+        alike.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", path), []).append(path)
+    return ", ".join((of[0] or "the model") if len(of) == 1 else pattern for pattern, of in alike.items())

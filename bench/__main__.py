@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     for case in CASES.values():
         one = cases.add_parser(case.name, help=case.about, description=case.about)
         for name, default in case.sizes.items():
-            one.add_argument(f"--{name}", type=type(default), help=f"default {default}; {case.quick[name]} with --quick")
+            one.add_argument(
+                f"--{name}", type=type(default), help=f"default {default}; {case.quick[name]} with --quick"
+            )
         one.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
         one.add_argument("--repetitions", type=_positive, default=2, help="processes a variant (default 2)")
         one.add_argument("--threads", type=_positive, default=1, help="threads of torch on a CPU (default 1)")
@@ -69,7 +71,16 @@ def _table(about: str, rows: list[Row]) -> Table:
     where = f"{first['device_name']} {first['arch']}, torch {first['versions']['torch']}"
     caption = f"{sizes}, {first['dtype']}; {where}, {first['threads']} thread(s), {first['repetitions']} repetitions"
     table = Table(title=about, caption=caption)
-    for column in ("variant", "seconds (median)", "fastest", "CPU seconds", "TFLOP/s", "extra peak MB", "time", "memory"):
+    for column in (
+        "variant",
+        "seconds (median)",
+        "fastest",
+        "CPU seconds",
+        "TFLOP/s",
+        "extra peak MB",
+        "time",
+        "memory",
+    ):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for row in rows:
         seconds, peak = row["seconds"], row["extra_peak_bytes"]

@@ -13,8 +13,8 @@ MEMORY_SHARE = 1 / 6
 @pytest.mark.skipif(this_machine().device != "cpu", reason="the shape and its bounds are those of a CPU")
 def test_a_sixth_of_the_memory_and_not_slower(benchmark: BenchmarkFixture) -> None:
     arguments = (CASE, CASE.sizes, "float32", 2, 1)
-    vanilla, ours = benchmark.pedantic(lambda: list(compare(*arguments)), rounds=1)
+    vanilla, ours = benchmark.pedantic(lambda: list(compare(*arguments)), rounds=1)  # type: ignore[no-untyped-call]
     benchmark.extra_info.update(vanilla=vanilla, ours=ours)
     assert ours["extra_peak_bytes"] <= MEMORY_SHARE * vanilla["extra_peak_bytes"]
-    # processor time of the faster run: what else the machine does adds to a run, and takes nothing away
-    assert ours["cpu_seconds"]["min"] <= vanilla["cpu_seconds"]["min"]
+    # the faster run of each: what else the machine does adds to a run, and takes nothing away
+    assert ours["seconds"]["min"] <= vanilla["seconds"]["min"]

@@ -19,6 +19,7 @@ SCRIPT = Path(__file__).parent / "finetune.py"
 PACKAGES = ("torch", "transformers", "peft", "tokenizers")
 # glibc then gives every large tensor's memory back at once; by default the peak of one program varies by a tenth
 STEADY_MEMORY = ("env", "MALLOC_MMAP_THRESHOLD_=1048576")
+SHARED_MACHINE = 0.9  # processor time over seconds, below which other programs distort the seconds
 GB = 1e9
 # label, name of the figure, its unit, how to show it
 ROWS = (
@@ -126,14 +127,20 @@ def comparison_table(vanilla: dict[str, Any], accelerated: dict[str, Any], steps
 
 
 def closing_lines(figures: dict[str, Any]) -> str:
-    """The losses, in words."""
+    """The losses, in words, and a warning where the seconds say little."""
     worst, accelerated = figures["largest_loss_difference"], figures["accelerated"]
     held_out = accelerated["held_out_loss"]
-    return (
-        f"Held-out loss: {held_out['before']:.3f} before training, {held_out['after']:.3f} after.\n"
-        f"Largest difference between the two training losses: {worst['difference']:.1e}, at step {worst['step']}.\n"
-        f"Logits built by the accelerated training: {accelerated['report']['materialised_logits']} times.\n"
+    lines = [
+        f"Held-out loss: {held_out['before']:.3f} before training, {held_out['after']:.3f} after.",
+        f"Largest difference between the two training losses: {worst['difference']:.1e}, at step {worst['step']}.",
+        f"Logits built by the accelerated training: {accelerated['report']['materialised_logits']} times.",
+    ]
+    busy = min(
+        figures[variant]["processor_seconds"] / figures[variant]["seconds"] for variant in ("vanilla", "accelerated")
     )
+    if busy < SHARED_MACHINE:
+        lines.append("The process had to wait for a processor: go by the processor time, not by the seconds.")
+    return "\n".join(lines) + "\n"
 
 
 def draw(path: Path, figures: dict[str, Any], model: str) -> None:

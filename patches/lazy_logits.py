@@ -307,7 +307,7 @@ class LazyLogits:
     # what cannot be answered after the loss, as it had no logits to differentiate by
 
     def register_hook(self, hook: Callable[..., Any]) -> Any:
-        return self._watched("register_hook").register_hook(hook)
+        return self._watched("register_hook").register_hook(hook)  # type: ignore[no-untyped-call]
 
     def retain_grad(self) -> None:
         self._watched("retain_grad").retain_grad()
@@ -366,8 +366,8 @@ MATERIALISE = _Materialise()
 def call_head(head: nn.Module, hidden: torch.Tensor, request: LossRequest | _Materialise) -> Any:
     """Ask the head. Through `__call__`, whose hooks gather the weight, only when the weight is not whole here: calling a module
     of a grouped FSDP2 unit twice breaks the group's bookkeeping."""
-    weight = head.weight
-    whole = type(weight) in (nn.Parameter, torch.Tensor) and weight.numel() > 0 and weight.device == hidden.device  # type: ignore[union-attr]
+    weight: Any = head.weight
+    whole = type(weight) in (nn.Parameter, torch.Tensor) and weight.numel() > 0 and weight.device == hidden.device
     return head.forward(hidden, request) if whole else head(hidden, request)
 
 
@@ -412,7 +412,7 @@ def _prefix(part: Any, vocab: int) -> int | None:
         return None
     if part.stop is None:
         return vocab
-    return min(part.stop, vocab) if part.stop >= 0 else max(vocab + part.stop, 0)
+    return int(min(part.stop, vocab) if part.stop >= 0 else max(vocab + part.stop, 0))
 
 
 _RECORDED = frozenset({"tanh", "mul", "div", "true_divide", "multiply", "divide", "flatten", "reshape", "clone", "detach"})

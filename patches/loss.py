@@ -20,7 +20,14 @@ from automodel_accel.kernels.linear_cross_entropy import KERNEL, linear_cross_en
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
 from automodel_accel.patches.lazy_logits import HeadCall, LazyLogits, LossRequest, Recipe, apply_recipe
 from automodel_accel.patches.probe import PROBE_ERRORS, functional_copy
-from automodel_accel.patches.retype import MODEL, changed_by_accelerator, forward_replaced, has_backward_hooks, is_retyped, retype
+from automodel_accel.patches.retype import (
+    MODEL,
+    changed_by_accelerator,
+    forward_replaced,
+    has_backward_hooks,
+    is_retyped,
+    retype,
+)
 
 PROBE_HIDDEN = 8
 PROBE_TOKENS = 5

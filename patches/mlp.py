@@ -130,14 +130,23 @@ def _forward(module: nn.Module, form: MlpForm, proven: Proven, counts: Counts) -
         implementation = proven.get(_call_key(projected))
         if implementation is None:
             counts.count(counts.passed_on, f"mlp: not proved for {_call_key(projected)}")
-            inner = reference.gated_linear(*projected, activation=form.activation, layout=form.layout or "gate_up")
-        else:
-            counts.count(counts.fused, "mlp")
-            options = {"activation": form.activation, "layout": form.layout or "gate_up"}
-            inner = gated_linear(*projected, **options, implementation=implementation)
+            return getattr(self, down)(_activate(form, projected))
+        counts.count(counts.fused, "mlp")
+        gate, up = _gate_and_up(projected)
+        layout = form.layout or "gate_up"
+        inner = gated_linear(gate, up, activation=form.activation, layout=layout, implementation=implementation)
         return getattr(self, down)(inner)
 
     return forward
+
+
+def _gate_and_up(projected: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return projected[0], projected[1] if len(projected) == 2 else None
+
+
+def _activate(form: MlpForm, projected: list[torch.Tensor]) -> torch.Tensor:
+    """What the definition makes of the projections."""
+    return reference.gated_linear(*_gate_and_up(projected), form.activation, form.layout or "gate_up")
 
 
 def _is_changed(child: nn.Module | None, was: type[nn.Module]) -> bool:
@@ -253,8 +262,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 def _definition(form: MlpForm, leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
     *first, down = form.linears
     projected = [_project(leaves["x"], leaves, name) for name in first]
-    inner = reference.gated_linear(*projected, activation=form.activation, layout=form.layout or "gate_up")
-    return _project(inner, leaves, down)
+    return _project(_activate(form, projected), leaves, down)
 
 
 def _project(x: torch.Tensor, leaves: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ("automodel_accel", "kernels", "patches", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
 BUILD = "import sys, setuptools.build_meta as build; print(getattr(build, sys.argv[1])(sys.argv[2], {settings}))"
 # -I and -S keep the checkout and its own installation out; dependencies come from a plain folder
-LOAD = "import sys, site; sys.path.append({dependencies!r}); site.addsitedir({folder!r}); "
+LOAD = "import sys, site; site.addsitedir({folder!r}); sys.path.append({dependencies!r}); "
 USE = """
 import automodel_accel, automodel_accel.kernels.rms_norm as rms_norm, automodel_accel.patches.norm, torch
 rms_norm.rms_norm(torch.ones(2, 8), None, 1e-6)

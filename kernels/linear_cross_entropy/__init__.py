@@ -29,7 +29,9 @@ REDUCTIONS = ("mean", "sum", "none")
 CPU_WORKSPACE_BYTES = 128 << 20  # half of it costs 5 % of the time, twice as much gains 5 %
 GPU_WORKSPACE_BYTES = 256 << 20
 GPU_CHUNK = (1024, 4096)  # shorter: adding to dweight costs more than its GEMM; longer: nothing is gained
-MAX_NARROW_CHUNKS = 32  # each chunk rounds dweight once more to a 16-bit dtype; 32 times stay below one unit in the last place
+MAX_NARROW_CHUNKS = (
+    32  # each chunk rounds dweight once more to a 16-bit dtype; 32 times stay below one unit in the last place
+)
 ROW_ALIGNMENT = 16  # elements; keeps the kernel's and the GEMMs' words wide where the vocabulary is odd
 
 KERNEL = Kernel(
@@ -105,7 +107,17 @@ def linear_cross_entropy(
         num_items = hidden.new_full((), num_items, dtype=torch.float64, requires_grad=False)
     differentiated = torch.is_grad_enabled()
     needs = [differentiated and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    options = (scale, softcap, ignore_index, label_smoothing, reduction, valid_rows, workspace_bytes, implementation, needs)
+    options = (
+        scale,
+        softcap,
+        ignore_index,
+        label_smoothing,
+        reduction,
+        valid_rows,
+        workspace_bytes,
+        implementation,
+        needs,
+    )
     return _call(hidden, weight, bias, target, num_items, *options)[0]
 
 
@@ -138,19 +150,29 @@ def _check_options(
     if reduction not in REDUCTIONS:
         raise ValueError(f"linear_cross_entropy: reduction {reduction!r} is unknown; expected one of {REDUCTIONS}.")
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"linear_cross_entropy: softcap is {softcap}, expected a positive number, or None for no soft-cap.")
+        raise ValueError(
+            f"linear_cross_entropy: softcap is {softcap}, expected a positive number, or None for no soft-cap."
+        )
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"linear_cross_entropy: label_smoothing is {label_smoothing}, expected a share between 0 and 1.")
+        raise ValueError(
+            f"linear_cross_entropy: label_smoothing is {label_smoothing}, expected a share between 0 and 1."
+        )
     if num_items is not None and reduction != "mean":
-        raise ValueError(f"linear_cross_entropy: num_items divides a mean, but reduction is {reduction!r}; leave one of them out.")
+        raise ValueError(
+            f"linear_cross_entropy: num_items divides a mean, but reduction is {reduction!r}; leave one of them out."
+        )
     if isinstance(num_items, torch.Tensor) and num_items.dim():
-        raise ValueError(f"linear_cross_entropy: num_items has shape {tuple(num_items.shape)}, expected an int or a 0-d tensor.")
+        raise ValueError(
+            f"linear_cross_entropy: num_items has shape {tuple(num_items.shape)}, expected an int or a 0-d tensor."
+        )
     if isinstance(num_items, int) and num_items < 1:
         raise ValueError(f"linear_cross_entropy: num_items is {num_items}, expected at least 1.")
     if valid_rows is not None and valid_rows < 0:
         raise ValueError(f"linear_cross_entropy: valid_rows is {valid_rows}, expected a number of targets.")
     if workspace_bytes is not None and workspace_bytes < 1:
-        raise ValueError(f"linear_cross_entropy: workspace_bytes is {workspace_bytes}, expected at least 1, or None for the default.")
+        raise ValueError(
+            f"linear_cross_entropy: workspace_bytes is {workspace_bytes}, expected at least 1, or None for the default."
+        )
 
 
 class _Options(NamedTuple):
@@ -196,7 +218,17 @@ def _forward(
     implementation: str,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    given = (scale, softcap, ignore_index, label_smoothing, reduction, valid_rows, workspace_bytes, implementation, needs)
+    given = (
+        scale,
+        softcap,
+        ignore_index,
+        label_smoothing,
+        reduction,
+        valid_rows,
+        workspace_bytes,
+        implementation,
+        needs,
+    )
     options = _Options(*given)
     if target.device.type == "cpu":
         _check_targets(target, weight.shape[0], options)
@@ -226,7 +258,17 @@ def _backward(
     implementation: str,
     needs: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    given = (scale, softcap, ignore_index, label_smoothing, reduction, valid_rows, workspace_bytes, implementation, needs)
+    given = (
+        scale,
+        softcap,
+        ignore_index,
+        label_smoothing,
+        reduction,
+        valid_rows,
+        workspace_bytes,
+        implementation,
+        needs,
+    )
     options = _Options(*given)
     grads = [grad.clone() for grad in ready]
     if not grads:

@@ -9,11 +9,16 @@ import torch
 
 CPU_BLOCK_BYTES = 2 << 20  # in float32; fits the second-level cache
 GPU_BLOCK_BYTES = 64 << 20
-SCALE_BLOCK = 1 << 22  # elements
+SCALE_BLOCK = 1 << 20  # elements that are widened at a time
 
 
 def forward(
-    logits_CV: torch.Tensor, target_C: torch.Tensor, scale: float, softcap: float | None, ignore_index: int, smoothing: float
+    logits_CV: torch.Tensor,
+    target_C: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    smoothing: float,
 ) -> torch.Tensor:
     """Return the loss of each row in the compute dtype, 0 where the target is `ignore_index`. The logits are used up."""
     return _in_blocks(logits_CV, target_C, None, scale, softcap, ignore_index, smoothing)
@@ -36,8 +41,11 @@ def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
     """Multiply contiguous `x` by a 0-d tensor, in place; the product is rounded once."""
     if factor.device.type == "cpu" and factor.item() == 1.0:
         return
-    for block in x.view(-1).split(SCALE_BLOCK):
-        block.copy_(block.to(factor.dtype) * factor)
+    if x.dtype == factor.dtype:
+        x.mul_(factor)
+        return
+    for block in torch.split(x.view(-1), SCALE_BLOCK):  # torch would round the factor to the dtype of x
+        block.copy_(block.to(factor.dtype).mul_(factor))
 
 
 def _in_blocks(

@@ -122,7 +122,12 @@ def scale_kernel(X, FACTOR, n_elements, BLOCK: tl.constexpr, PROGRAMS: tl.conste
 
 
 def forward(
-    logits_CV: torch.Tensor, target_C: torch.Tensor, scale: float, softcap: float | None, ignore_index: int, smoothing: float
+    logits_CV: torch.Tensor,
+    target_C: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    smoothing: float,
 ) -> torch.Tensor:
     """Return the loss of each row in float32, 0 where the target is `ignore_index`, NaN where it is no class."""
     return _launch(logits_CV, target_C, None, scale, softcap, ignore_index, smoothing)

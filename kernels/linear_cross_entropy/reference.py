@@ -22,6 +22,10 @@ def linear_cross_entropy(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if num_items is not None:
-        total = F.cross_entropy(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum")
+        total = F.cross_entropy(
+            logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
+        )
         return total / num_items
-    return F.cross_entropy(logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+    return F.cross_entropy(
+        logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+    )

@@ -73,7 +73,7 @@ def check_shape(
 ) -> None:
     """Values at one shape; over several draws where it has few elements, lest luck decide."""
     draws = draws or min(max(256 // max(math.prod(shape), 1), 1), 16)
-    judge_results([_results(operation, operation.draw(shape, dtype, seed)) for seed in range(draws)])
+    judge_results([results(operation, operation.draw(shape, dtype, seed)) for seed in range(draws)])
 
 
 def check_values(
@@ -83,10 +83,10 @@ def check_values(
     wanted: Sequence[int] | None = None,
 ) -> None:
     """The output and the gradient of every input in `wanted` (of all floating ones where None) pass `judge`."""
-    judge_results([_results(operation, inputs, grad_output, wanted)])
+    judge_results([results(operation, inputs, grad_output, wanted)])
 
 
-def _results(
+def results(
     operation: Operation,
     inputs: Tensors,
     grad_output: torch.Tensor | None = None,
@@ -94,7 +94,7 @@ def _results(
 ) -> list[Result]:
     wanted = floating(inputs) if wanted is None else wanted
     ours = differentiate(operation.ours, inputs, wanted, grad_output)
-    grad_output = _grad_output(
+    grad_output = grad_output_for(
         ours[0], grad_output
     ).contiguous()  # torch's own precision depends on strides: ours must not
     plain = tuple(x if x is None else x.contiguous() for x in inputs)
@@ -122,7 +122,7 @@ def differentiate(
     if not wanted:
         return [output]
     variables = [_tensor(leaves[i]) for i in wanted]
-    grads = torch.autograd.grad(output, variables, _grad_output(output, grad_output), allow_unused=True)
+    grads = torch.autograd.grad(output, variables, grad_output_for(output, grad_output), allow_unused=True)
     assert all(grad is not None for grad in grads), "an input that needs a gradient has none"
     return [output.detach(), *grads]
 
@@ -136,7 +136,7 @@ def _tensor(x: torch.Tensor | None) -> torch.Tensor:
     return x
 
 
-def _grad_output(output: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+def grad_output_for(output: torch.Tensor, given: torch.Tensor | None = None) -> torch.Tensor:
     """The given incoming gradient, or a random one that the output's shape alone decides."""
     if given is not None:
         return given
@@ -175,7 +175,7 @@ def check_magnitudes(operation: Operation, dtype: torch.dtype) -> None:
         check_values(operation, _on_activations(operation, inputs, change))
     output = operation.theirs(*inputs)
     for scale in (1e4, 1e-4, 0.0):
-        check_values(operation, inputs, _grad_output(output, None) * scale)
+        check_values(operation, inputs, grad_output_for(output, None) * scale)
 
 
 def _on_activations(operation: Operation, inputs: Tensors, change: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
@@ -187,7 +187,7 @@ def check_not_finite(operation: Operation, dtype: torch.dtype) -> None:
     inputs = operation.draw((4, 50), dtype)
     for value, index in itertools.product((float("nan"), float("inf"), -float("inf")), floating(inputs)):
         check_values(operation, tuple(_poisoned(x, value) if i == index else x for i, x in enumerate(inputs)))
-    check_values(operation, inputs, _poisoned(_grad_output(operation.theirs(*inputs), None), float("nan")))
+    check_values(operation, inputs, _poisoned(grad_output_for(operation.theirs(*inputs), None), float("nan")))
 
 
 def _poisoned(x: torch.Tensor | None, value: float) -> torch.Tensor:
@@ -208,7 +208,7 @@ def layouts(x: torch.Tensor) -> Iterator[torch.Tensor]:
 def check_layouts(operation: Operation, dtype: torch.dtype) -> None:
     """Inputs and incoming gradients that are strided, transposed, misaligned or expanded."""
     inputs = operation.draw((2, 3, 100), dtype)
-    grad_output = _grad_output(operation.theirs(*inputs), None)
+    grad_output = grad_output_for(operation.theirs(*inputs), None)
     for index in floating(inputs):
         for laid_out in layouts(_tensor(inputs[index])):
             check_values(operation, tuple(laid_out if i == index else x for i, x in enumerate(inputs)), grad_output)
@@ -225,7 +225,7 @@ def check_nothing_overwritten(operation: Operation, dtype: torch.dtype) -> None:
     inputs = operation.draw((5, 100), dtype)
     wanted, leaves = floating(inputs), _leaves(inputs, floating(inputs))
     output = operation.ours(*leaves)
-    grad_output = _grad_output(output, None)
+    grad_output = grad_output_for(output, None)
     visible = [_tensor(inputs[i]) for i in wanted] + [grad_output, output.detach()]
     before = [x.clone() for x in visible]
     grads = torch.autograd.grad(output, [_tensor(leaves[i]) for i in wanted], grad_output)
@@ -242,8 +242,8 @@ def check_backward_twice(operation: Operation, dtype: torch.dtype) -> None:
     leaves = _leaves(inputs, floating(inputs))
     output = operation.ours(*leaves)
     wanted = [_tensor(leaves[i]) for i in floating(inputs)]
-    first = torch.autograd.grad(output, wanted, _grad_output(output, None), retain_graph=True)
-    second = torch.autograd.grad(output, wanted, _grad_output(output, None))
+    first = torch.autograd.grad(output, wanted, grad_output_for(output, None), retain_graph=True)
+    second = torch.autograd.grad(output, wanted, grad_output_for(output, None))
     assert all(map(torch.equal, first, second)), "the second backward of one forward differs"
 
 

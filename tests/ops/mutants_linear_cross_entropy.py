@@ -1,1 +1,169 @@
-MUTANTS = ()
+"""Plausible mistakes in linear_cross_entropy: each changes what is computed, none crashes or leaves its memory."""
+
+from tests.ops.mutation import Mutant
+
+FUSED = "linear_cross_entropy/fused.py"
+EAGER = "linear_cross_entropy/eager.py"
+HOST = "linear_cross_entropy/__init__.py"
+
+KERNEL = (
+    Mutant(FUSED, "lane_sum * shrunk + 1.0", "lane_sum + 1.0", "a new maximum does not shrink the sum"),
+    Mutant(FUSED, "lane_max = tl.where(rise > 0, z, lane_max)", "lane_max = z", "the maximum falls again"),
+    Mutant(FUSED, "tl.where(z == lane_max, 0.0, z - lane_max)", "z - lane_max", "infinity less infinity"),
+    Mutant(FUSED, "lane_sum * tl.exp(lane_max - row_max)", "lane_sum", "lanes added at different scales"),
+    Mutant(FUSED, '        z = tl.where(cols < n_cols, z, float("-inf"))\n', "", "the padding counts"),
+    Mutant(FUSED, "(target_logit - row_max)", "target_logit", "the maximum forgotten in the loss"),
+    Mutant(
+        FUSED, "tl.sum(lane_distance, 0) / n_cols", "tl.sum(lane_distance, 0) / stride_z", "a mean over the padding"
+    ),
+    Mutant(
+        FUSED,
+        'tl.where(tl.abs(target_logit) < float("inf"), target_logit, 0.0)',
+        "target_logit",
+        "distances to an infinite logit",
+    ),
+    Mutant(FUSED, "tl.where(cols < n_cols, z - origin, 0.0)", "z - origin", "the padding smoothed in"),
+    Mutant(FUSED, "(n_blocks - 1 - turn) * BLOCK", "turn // 2 * BLOCK", "a block turned twice"),
+    Mutant(
+        FUSED,
+        "tl.where(cols == target, 1.0 - smoothing, 0.0)",
+        "tl.where(cols == target, 1.0, 0.0)",
+        "target not smoothed",
+    ),
+    Mutant(FUSED, "grad -= smoothing / n_cols", "grad -= smoothing / stride_z", "smoothed over the padding"),
+    Mutant(FUSED, "grad *= 1.0 - capped * capped", "grad *= 1.0 - capped", "wrong slope of tanh"),
+    Mutant(
+        FUSED, "1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)", "1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)", "tanh of negatives"
+    ),
+    Mutant(FUSED, "- 3.33332819422e-1", "- 3.43332819422e-1", "a wrong coefficient of tanh"),
+    Mutant(FUSED, "+ row * stride_weight) * scale", "+ row * stride_weight)", "the scale forgotten in the gradient"),
+    Mutant(FUSED, "tl.load(WEIGHT + row * stride_weight)", "tl.load(WEIGHT)", "the first row's weight for all"),
+    Mutant(
+        FUSED,
+        'target_logit = tl.load(Z + target, mask=is_class, other=float("nan")).to(tl.float32) * scale',
+        'target_logit = tl.load(Z + target, mask=is_class, other=float("nan")).to(tl.float32)',
+        "the target's logit not scaled",
+    ),
+    Mutant(
+        FUSED,
+        "(target >= 0) & (target < n_cols)",
+        "target < n_cols",
+        "a negative target reads the padding of the row above",
+    ),
+    Mutant(
+        FUSED, 'weight = tl.where(is_class, weight, float("nan"))', "weight = weight", "a finite gradient for no class"
+    ),
+    Mutant(FUSED, "tl.store(LOSS + row, 0.0)", "tl.store(LOSS + row, 1.0)", "an ignored row has a loss"),
+    Mutant(
+        FUSED,
+        "        if NEEDS_GRAD:\n            for block",
+        "        if not NEEDS_GRAD:\n            for block",
+        "logits left where the row is ignored",
+    ),
+    Mutant(FUSED, "    if factor != 1.0:", "    if factor > 1.0:", "only factors above 1 applied"),
+    Mutant(
+        FUSED,
+        "tl.program_id(0), tl.cdiv(n_elements, BLOCK), PROGRAMS",
+        "tl.program_id(0), tl.cdiv(n_elements, BLOCK) - 1, PROGRAMS",
+        "the last block not scaled",
+    ),
+    Mutant(FUSED, "0 if weight_C is None else weight_C.stride(0)", "0", "the weights' stride ignored"),
+)
+
+ROWS = (
+    Mutant(EAGER, "    z.sub_(z.amax(1, keepdim=True))\n", "", "no maximum taken off: overflow"),
+    Mutant(EAGER, "(smoothing - 1.0) * z.gather", "-z.gather", "the target's share not lessened"),
+    Mutant(
+        EAGER,
+        "loss -= smoothing * z.mean(1, keepdim=True)",
+        "loss -= smoothing * z.sum(1, keepdim=True)",
+        "sum for mean",
+    ),
+    Mutant(EAGER, ".masked_fill_(ignored, 0.0)[:, 0]", "[:, 0]", "ignored rows have a loss"),
+    Mutant(EAGER, "weight[:, None].masked_fill(ignored, 0.0)", "weight[:, None]", "ignored rows have a gradient"),
+    Mutant(EAGER, "    z.masked_fill_(ignored, 0.0)  #", "    #", "NaN in an ignored row"),
+    Mutant(
+        EAGER,
+        ".masked_fill(ignored, 0.0) * scale)",
+        ".masked_fill(ignored, 0.0))",
+        "the scale forgotten in the gradient",
+    ),
+    Mutant(EAGER, "z.gather(1, target) - (1.0 - smoothing)", "z.gather(1, target) - 1.0", "target not smoothed"),
+    Mutant(EAGER, "z.sub_(smoothing / z.shape[1])", "z.sub_(smoothing)", "every class gets the whole share"),
+    Mutant(EAGER, "1.0 - z * z", "1.0 - z", "wrong slope of tanh"),
+    Mutant(EAGER, "        z.mul_(slope)\n", "        pass\n", "slope of tanh forgotten"),
+    Mutant(EAGER, "        z.mul_(softcap)\n", "", "not scaled back after tanh"),
+    Mutant(
+        EAGER,
+        "None if weight_C is None else weight_C[rows]",
+        "None if weight_C is None else weight_C[: min(size, weight_C.shape[0] - start)]",
+        "weights of the first block for all",
+    ),
+    Mutant(EAGER, "            logits_CV[rows] = wide\n", "            pass\n", "16-bit gradient not written back"),
+    Mutant(EAGER, "        x.mul_(factor)\n", "        x.mul_(factor.abs())\n", "sign of the factor lost"),
+)
+
+LOOP = (
+    Mutant(HOST, "if wanted[1] and start == 0:", "if wanted[1]:", "each chunk overwrites the weight's gradient"),
+    Mutant(
+        HOST,
+        "grad_bias_wide.add_(z_CV.sum(0))",
+        "grad_bias_wide.copy_(z_CV.sum(0))",
+        "each chunk overwrites the bias's gradient",
+    ),
+    Mutant(
+        HOST,
+        "row_weight_N[rows], *options",
+        "row_weight_N[: target_C.shape[0]], *options",
+        "weights of the first chunk for all",
+    ),
+    Mutant(HOST, "    grad_hidden_NH.zero_()\n", "", "ignored rows not initialised"),
+    Mutant(HOST, "        grad_weight_VH.zero_()\n", "        pass\n", "no row: the weight's gradient not initialised"),
+    Mutant(
+        HOST,
+        "    if options.ready_in_forward(hidden.dtype):\n        _scale",
+        "    if ready:\n        _scale",
+        "second backward not scaled",
+    ),
+    Mutant(
+        HOST,
+        "    _scale_all_(grads, grad_output, inputs[0], inputs[1], ctx.options)\n",
+        "",
+        "first backward not scaled",
+    ),
+    Mutant(
+        HOST,
+        "    grads, ctx.ready = ctx.ready, []\n",
+        "    grads = ctx.ready\n",
+        "gradients handed out, and scaled, twice",
+    ),
+    Mutant(
+        HOST,
+        "once = torch.ones_like(grad_output) if options.ready_in_forward(hidden.dtype) else grad_output",
+        "once = grad_output",
+        "second backward scaled twice",
+    ),
+    Mutant(HOST, "(torch.ones_like(divisor) / divisor)", "torch.ones_like(divisor)", "gradient of a mean not divided"),
+    Mutant(HOST, "    return loss / divisor, grads", "    return loss, grads", "mean not divided"),
+    Mutant(HOST, "    elif num_items is None:\n", "    elif True:\n", "num_items ignored"),
+    Mutant(
+        HOST,
+        "ignored_N.to(torch.uint8), stable=True",
+        "(~ignored_N).to(torch.uint8), stable=True",
+        "ignored tokens first",
+    ),
+    Mutant(
+        HOST,
+        "count = (target != options.ignore_index).sum()",
+        "count = (target >= 0).sum()",
+        "a class that is ignored counts",
+    ),
+    Mutant(
+        HOST,
+        "torch.addmm(bias_V, hidden_CH, weight_VH.t(), out=z_CV)",
+        "z_CV.copy_(torch.addmm(bias_V, hidden_CH, weight_VH.t()))",
+        "rounded by autocast",
+    ),
+)
+
+MUTANTS = (*KERNEL, *ROWS, *LOOP)

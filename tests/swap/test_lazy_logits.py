@@ -53,7 +53,7 @@ VALUES: dict[str, Use] = {
     "right difference": lambda z: 1.0 - z,
     "integer divisor": lambda z: z / 3,
     "true division of a tensor": lambda z: torch.ones(2, 24, VOCABULARY) / z,
-    "comparison": lambda z: (z > 0) & (0.5 > z) | (z == z),
+    "comparison": lambda z: (z > 0) & (z < 0.5) | (z <= -1) | (z >= 2),
     "inversion": lambda z: ~(z > 0),
     "unary": lambda z: (abs(-z), +z),
     "to long": lambda z: z.to(torch.long) * 0.5,

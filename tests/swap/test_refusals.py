@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+import re
 from typing import Any
 
 import accelerate.hooks
@@ -54,9 +54,8 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("function", [accel.apply, accel.plan, lambda *a, **k: accel.accelerated(*a, **k).__enter__()])
 def test_bad_settings(function: Any, settings: dict[str, Any], text: str) -> None:
     model = tiny()
-    with pytest.raises(ValueError) as raised:
+    with pytest.raises(ValueError, match=re.escape(text)):
         function(model, **settings)
-    assert text in str(raised.value)
     assert untouched(model)
 
 
@@ -321,21 +320,19 @@ def test_two_claims_on_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "all_patches", lambda: (NormPatch(), Rival()))
     model = tiny()
     for function in (accel.plan, accel.apply):
-        with pytest.raises(ValueError) as raised:
+        with pytest.raises(ValueError, match=r"^model.layers.1.input_layernorm is claimed by norm \(rms_norm 32, weight") as raised:
             function(model)
-        text = str(raised.value)
-        assert text.startswith("model.layers.1.input_layernorm is claimed by norm (rms_norm 32, weight")
-        assert text.endswith("and by mlp (a rival's norm); switch one off: apply(model, mlp=False).")
+        assert str(raised.value).endswith("and by mlp (a rival's norm); switch one off: apply(model, mlp=False).")
     assert untouched(model)
     accel.plan(model, mlp=False)
 
 
 @pytest.fixture
-def custom() -> Iterator[Any]:
+def custom() -> Any:
     from tests.swap.custom import Speaker
 
     torch.manual_seed(0)
-    yield Speaker().train()
+    return Speaker().train()
 
 
 @pytest.mark.parametrize("loss", ["function", "module", "chunks", "mean by hand"])

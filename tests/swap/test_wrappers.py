@@ -8,6 +8,7 @@ import accelerate
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.fsdp import fully_shard
@@ -220,6 +221,61 @@ def test_apply_after_fully_shard(mesh: Any) -> None:
     assert_close(whole(step(ours, **batch())), expected)
 
 
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """accelerate keeps its settings for the whole process."""
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("find_unused", [True, False])
+@pytest.mark.usefixtures("mesh")
+def test_distributed_data_parallel(find_unused: bool) -> None:
+    model = tiny()
+    ours = applied(model)
+    wrapped = nn.parallel.DistributedDataParallel(ours, find_unused_parameters=find_unused)
+    for _ in range(2):
+        ours.zero_grad()
+        loss = wrapped(**batch()).loss
+        loss.backward()
+        assert_close(Step(loss.detach(), gradients(ours)), step(model, **batch()))
+    assert accel.report(wrapped) is accel.report(ours)
+    assert accel.report(ours).materialised_logits == 0
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_trainer(tmp_path: Any) -> None:
+    """Accumulation, an evaluation with metrics in between, and a saved model: the same losses, and stock files."""
+    rows = [{"input_ids": row, "labels": row} for row in batch(rows=8)["input_ids"]]
+    arguments = transformers.TrainingArguments(
+        **{"output_dir": str(tmp_path), "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        **{"logging_steps": 1, "eval_steps": 2, "eval_strategy": "steps", "save_strategy": "no", "report_to": [], "use_cpu": True},
+        **{"disable_tqdm": True, "learning_rate": 1e-3, "batch_eval_metrics": False},
+    )
+    histories: list[list[dict[str, float]]] = []
+    ours = applied(tiny())
+    for model in (ours, tiny()):
+        seen: list[Any] = []
+        trainer = transformers.Trainer(
+            *(model, arguments),
+            train_dataset=rows,
+            eval_dataset=rows[:3],
+            compute_metrics=lambda p, seen=seen: seen.append(p.predictions) or {"shape": float(p.predictions.shape[-1])},
+        )
+        trainer.train()
+        assert seen[0].shape == (3, 24, 97)
+        names = ("loss", "eval_loss", "grad_norm", "eval_shape")
+        histories.append([{key: row[key] for key in names if key in row} for row in trainer.state.log_history])
+        trainer.save_model(str(tmp_path))
+        assert transformers.AutoConfig.from_pretrained(tmp_path).architectures == ["LlamaForCausalLM"]
+    torch.testing.assert_close(*histories, rtol=1e-4, atol=1e-4)
+    assert sum("loss" in row for row in histories[0]) == 3
+    assert accel.report(ours).counts.fused["loss"] == 6
+    assert accel.report(ours).materialised_logits == 0
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_accelerate_prepare_and_unwrap() -> None:
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model = tiny()
@@ -232,25 +288,28 @@ def test_accelerate_prepare_and_unwrap() -> None:
     assert_close(step(unwrapped, **batch()), truth)
 
 
-def test_functional_call_and_functional_gradients() -> None:
+def test_functional_call() -> None:
     model = tiny(tie_word_embeddings=False)
-    ours = applied(model)
-    parameters = {name: p.detach() * 1.1 for name, p in model.named_parameters()}
-
-    def loss(parameters: dict[str, torch.Tensor], m: nn.Module) -> torch.Tensor:
-        return torch.func.functional_call(m, parameters, kwargs=batch()).loss
-
-    mine, theirs = (torch.func.grad_and_value(loss)(parameters, m) for m in (ours, model))
-    assert_close(Step(mine[1], mine[0]), Step(theirs[1], theirs[0]))
+    steps = []
+    for m in (applied(model), model):
+        leaves = {name: (p.detach() * 1.1).requires_grad_() for name, p in m.named_parameters()}
+        loss = torch.func.functional_call(m, leaves, kwargs=batch()).loss
+        loss.backward()
+        steps.append(Step(loss.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}))
+    assert len(steps[0].gradients) == len(list(model.parameters()))
+    assert_close(*steps)
 
 
 def test_a_second_derivative_raises_and_does_not_return_a_wrong_number() -> None:
     model = applied(tiny())
-    loss = model(**batch()).loss
     weight = model.model.norm.weight
-    (first,) = torch.autograd.grad(loss, weight, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(first.square().sum(), weight)
+
+    def twice() -> torch.Tensor:
+        (first,) = torch.autograd.grad(model(**batch()).loss, weight, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), weight)[0]
+
+    with pytest.raises(RuntimeError, match="twice"):
+        twice()
 
 
 def test_moved_and_cast_after_apply() -> None:
