@@ -30,7 +30,9 @@ class Definition:
     setup_context: Callable[[Any, tuple[Any, ...], tuple[torch.Tensor, ...]], None]
     gradients: Callable[[Any, torch.Tensor, Callable[..., tuple[torch.Tensor, ...]]], tuple[Any, ...]]
     setup_context_eager: Callable[[Any, tuple[Any, ...], tuple[torch.Tensor, ...]], None] | None = None
-    gradients_eager: Callable[[Any, torch.Tensor, Callable[..., tuple[torch.Tensor, ...]]], tuple[Any, ...]] | None = None
+    gradients_eager: Callable[[Any, torch.Tensor, Callable[..., tuple[torch.Tensor, ...]]], tuple[Any, ...]] | None = (
+        None
+    )
 
 
 def register(name: str, definition: Definition) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -76,7 +78,9 @@ def _autograd_function(name: str, definition: Definition) -> type[torch.autograd
         if grad_output is None:
             return tuple([None] * ctx.inputs)
         if torch.is_grad_enabled():  # once_differentiable would cut the graph here, and autograd.grad never notices
-            raise RuntimeError(f"{name} cannot be differentiated twice: its gradient was asked for with create_graph=True.")
+            raise RuntimeError(
+                f"{name} cannot be differentiated twice: its gradient was asked for with create_graph=True."
+            )
         return gradients(ctx, grad_output, definition.backward)
 
     members = {"forward": staticmethod(forward), "setup_context": staticmethod(setup_context)}

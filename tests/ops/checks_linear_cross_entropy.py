@@ -292,5 +292,5 @@ def check_package(implementation: str, tested: ModuleType) -> None:
     for check in (check_ignored_rows, check_all_ignored, check_bits, check_autocast):
         check(implementation, tested)
     check_memory("torch", tested)
-    for check in EXACT:
-        check(operation(implementation, tested=tested), torch.float32)
+    for exact in EXACT:
+        exact(operation(implementation, tested=tested), torch.float32)

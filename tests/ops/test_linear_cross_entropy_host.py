@@ -103,7 +103,11 @@ WRONG: tuple[tuple[Options, str], ...] = (
 @pytest.mark.skipif(checks.DEVICE != "cpu", reason="a GPU does not wait for the host, and the tensors are on the CPU")
 @pytest.mark.parametrize(("change", "sentence"), WRONG, ids=lambda x: x if isinstance(x, str) else "")
 def test_bad_input_is_refused_with_a_sentence(change: Options, sentence: str) -> None:
-    arguments: Options = {"hidden": torch.ones(3, 8), "weight": torch.ones(7, 8), "target": torch.tensor([0, IGNORED, 6])}
+    arguments: Options = {
+        "hidden": torch.ones(3, 8),
+        "weight": torch.ones(7, 8),
+        "target": torch.tensor([0, IGNORED, 6]),
+    }
     package.linear_cross_entropy(**arguments)
     with pytest.raises(ValueError, match=sentence):
         package.linear_cross_entropy(**{**arguments, **change})
