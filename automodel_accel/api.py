@@ -28,7 +28,9 @@ class RefusedError(ValueError):
     """With `strict=True`: an explicit request could not be met. Nothing was changed."""
 
 
-def plan(model: nn.Module, config: AccelConfig | dict[str, Any] | None = None, *, facts: Facts | None = None, **fusions: Any) -> Plan:
+def plan(
+    model: nn.Module, config: AccelConfig | dict[str, Any] | None = None, *, facts: Facts | None = None, **fusions: Any
+) -> Plan:
     """What `apply` would do to `model`, which is left untouched. Takes the arguments of `apply`.
 
     For a model that is applied already it is the plan that was followed.
@@ -172,5 +174,3 @@ def _speak_up(result: Report, settings: AccelConfig, no_proof: list[tuple[str, R
         logger.warning("%s refused: %s", fusion, no)
     if not result.applied:
         logger.warning("nothing in this %s could be swapped; print(report(model)) says why.", result.plan.model)
-
-

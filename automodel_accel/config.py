@@ -48,7 +48,9 @@ class AccelConfig:
         if isinstance(config, AccelConfig):
             return replace(config, **fusions)
         if config is not None and not isinstance(config, dict):
-            raise ValueError(f"config is a {type(config).__name__}; expected an AccelConfig, a dict, or settings by name.")
+            raise ValueError(
+                f"config is a {type(config).__name__}; expected an AccelConfig, a dict, or settings by name."
+            )
         return cls(**{**(config or {}), **fusions})
 
     def wanted(self, fusion: str) -> str | None:

@@ -108,7 +108,9 @@ def _refused_requests(claims: list[Claim], wanted: str) -> Iterator[Refusal]:
             winner = choice.winner.name if choice.winner else None
             if winner != wanted and (reason := str(choice.refused[0])) not in seen:
                 seen.add(reason)
-                yield Refusal(f"{claim.fusion}={wanted!r} on {device}", choice.refused[0].reason, f"{winner} serves instead")
+                yield Refusal(
+                    f"{claim.fusion}={wanted!r} on {device}", choice.refused[0].reason, f"{winner} serves instead"
+                )
 
 
 def _check_conflicts(claims: list[Claim]) -> None:
@@ -147,7 +149,8 @@ def refusal_table(refusals: tuple[tuple[str, Refusal], ...]) -> str:
     for fusion, refusal in refusals:
         kinds.setdefault((fusion, refusal.reason, refusal.remedy), []).append(refusal.what)
     rows = [
-        (fusion, str(len(at)), f"{why}{so and '; '}{so}\n{grouped_places(at)}") for (fusion, why, so), at in kinds.items()
+        (fusion, str(len(at)), f"{why}{so and '; '}{so}\n{grouped_places(at)}")
+        for (fusion, why, so), at in kinds.items()
     ]
     return "\n" + table("Refused", ("fusion", "places", "why and where"), rows) if rows else ""
 

@@ -35,7 +35,9 @@ class Proof:
     refusal: str | None
 
 
-def prove_all(claims: Iterable[Claim], patches: Mapping[str, Patch], modules: Mapping[str, nn.Module]) -> dict[Hashable, Proof]:
+def prove_all(
+    claims: Iterable[Claim], patches: Mapping[str, Patch], modules: Mapping[str, nn.Module]
+) -> dict[Hashable, Proof]:
     """One proof per kind of place."""
     proofs: dict[Hashable, Proof] = {}
     for claim in claims:
@@ -110,7 +112,10 @@ def _run(function: Function, experiment: Experiment, dtype: torch.dtype | None) 
     for name, (tensor, before) in watched.items():
         if not torch.equal(tensor, before):
             raise RuntimeError(f"{name} was written to")
-    return {"output": output.detach(), **{f"gradient of {name}": _gradient(name, leaf) for name, leaf in leaves.items()}}
+    return {
+        "output": output.detach(),
+        **{f"gradient of {name}": _gradient(name, leaf) for name, leaf in leaves.items()},
+    }
 
 
 def _gradient(name: str, leaf: torch.Tensor) -> torch.Tensor:

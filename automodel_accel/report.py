@@ -53,7 +53,11 @@ class Report:
         fused = [(f"{fusion}: by a kernel", str(number)) for fusion, number in self.counts.fused.items()]
         passed = [(f"{reason}: by the original", str(number)) for reason, number in self.counts.passed_on.items()]
         asked = ", ".join(f"{why} x{number}" for why, number in self.counts.materialised.items())
-        return [*fused, *passed, ("materialised logits" + (f" ({asked})" if asked else ""), str(self.materialised_logits))]
+        return [
+            *fused,
+            *passed,
+            ("materialised logits" + (f" ({asked})" if asked else ""), str(self.materialised_logits)),
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -64,7 +68,8 @@ class Report:
             "device": plan["device"],
             "applied": [claim for claim in plan["claims"] if claim["paths"][-1] in applied],
             "refusals": [
-                {"fusion": fusion, "what": no.what, "reason": no.reason, "remedy": no.remedy} for fusion, no in self.refusals
+                {"fusion": fusion, "what": no.what, "reason": no.reason, "remedy": no.remedy}
+                for fusion, no in self.refusals
             ],
             "proofs": [_proof_dict(key, proof) for key, proof in self.proofs.items()],
             "calls": dict(self.counts.fused),

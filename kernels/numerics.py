@@ -51,7 +51,9 @@ def judge(ours: torch.Tensor, theirs: torch.Tensor, truth: torch.Tensor) -> Verd
         return Verdict((0.0, 0.0), (0.0, 0.0), (0.0, 0.0))
     eps = torch.finfo(ours.dtype).eps
     largest, rms = _size(truth)
-    return Verdict(_size(ours.detach().double() - truth), _size(theirs.detach().double() - truth), (eps * largest, eps * rms))
+    return Verdict(
+        _size(ours.detach().double() - truth), _size(theirs.detach().double() - truth), (eps * largest, eps * rms)
+    )
 
 
 def _size(x: torch.Tensor) -> tuple[float, float]:

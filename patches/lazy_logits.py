@@ -94,7 +94,9 @@ class LazyLogits:
         recipe = replace(self._recipe, **changes) if changes else self._recipe
         return LazyLogits(self._hidden if hidden is None else hidden, self._call, recipe)
 
-    def _view(self, hidden: torch.Tensor, name: str, arguments: tuple[Any, ...], contiguous: bool, vocab: int) -> "LazyLogits":
+    def _view(
+        self, hidden: torch.Tensor, name: str, arguments: tuple[Any, ...], contiguous: bool, vocab: int
+    ) -> "LazyLogits":
         recipe = replace(self._recipe, vocab=vocab)
         return LazyLogits(hidden, self._call, recipe, (self, name, arguments), contiguous)
 
@@ -197,7 +199,11 @@ class LazyLogits:
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         dtype, device = _dtype_and_device(args, kwargs)
-        moves = device is not None and device != self.device and not (device.index is None and device.type == self.device.type)
+        moves = (
+            device is not None
+            and device != self.device
+            and not (device.index is None and device.type == self.device.type)
+        )
         if self._real is not None or moves or not (dtype is None or dtype.is_floating_point):
             return self.materialise("to").to(*args, **kwargs)
         return self if dtype is None or dtype == self.dtype else self._with(dtype=dtype)
@@ -291,7 +297,16 @@ class LazyLogits:
     ) -> Any:
         kwargs = kwargs or {}
         if function is F.cross_entropy:
-            names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+            names = (
+                "input",
+                "target",
+                "weight",
+                "size_average",
+                "ignore_index",
+                "reduce",
+                "reduction",
+                "label_smoothing",
+            )
             named = {**dict(zip(names, args, strict=False)), **kwargs}
             logits = named.pop("input")
             loss = logits._cross_entropy(named.pop("target"), **named) if isinstance(logits, cls) else None
@@ -415,9 +430,13 @@ def _prefix(part: Any, vocab: int) -> int | None:
     return int(min(part.stop, vocab) if part.stop >= 0 else max(vocab + part.stop, 0))
 
 
-_RECORDED = frozenset({"tanh", "mul", "div", "true_divide", "multiply", "divide", "flatten", "reshape", "clone", "detach"})
+_RECORDED = frozenset(
+    {"tanh", "mul", "div", "true_divide", "multiply", "divide", "flatten", "reshape", "clone", "detach"}
+)
 
-_OPERATORS = "add sub radd rsub rtruediv floordiv rfloordiv mod rmod pow rpow neg pos abs matmul rmatmul ge gt le lt eq ne"
+_OPERATORS = (
+    "add sub radd rsub rtruediv floordiv rfloordiv mod rmod pow rpow neg pos abs matmul rmatmul ge gt le lt eq ne"
+)
 _IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow"
 
 for _name in f"{_OPERATORS} {_IN_PLACE} bool float int".split():

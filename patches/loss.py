@@ -62,7 +62,11 @@ class LossPatch:
         if head is None and path:
             return None  # the body of a model; its owner is asked too
         if head is None:
-            return Refusal(path or MODEL, "has no output head (get_output_embeddings() is None)", "norms and mlps are served all the same")
+            return Refusal(
+                path or MODEL,
+                "has no output head (get_output_embeddings() is None)",
+                "norms and mlps are served all the same",
+            )
         names = [name for name, child in module.named_modules() if child is head]
         if not names:
             return Refusal(path or MODEL, "its output head is not one of its modules", LOGITS_STAY)
@@ -71,7 +75,9 @@ class LossPatch:
         if objection is not None:
             return objection
         if "labels" not in inspect.signature(type(module).forward).parameters:
-            return Refusal(path or MODEL, "its forward takes no labels", "it computes no loss, so there is nothing to fuse")
+            return Refusal(
+                path or MODEL, "its forward takes no labels", "it computes no loss, so there is nothing to fuse"
+            )
         form = LossForm(head.out_features, head.in_features, head.bias is not None)
         dtype: torch.dtype = head.weight.dtype
         choices = context.choices(KERNEL, dtype, form.vocab)
@@ -92,7 +98,8 @@ class LossPatch:
         generator = torch.Generator().manual_seed(0)
         inputs = {
             "x": torch.randn(PROBE_TOKENS, PROBE_HIDDEN, generator=generator, dtype=torch.float64),
-            "weight": torch.randn(form.vocab, PROBE_HIDDEN, generator=generator, dtype=torch.float64) * PROBE_HIDDEN**-0.5,
+            "weight": torch.randn(form.vocab, PROBE_HIDDEN, generator=generator, dtype=torch.float64)
+            * PROBE_HIDDEN**-0.5,
         }
         if form.bias:
             inputs["bias"] = torch.randn(form.vocab, generator=generator, dtype=torch.float64)
@@ -166,13 +173,17 @@ def _head_forward(original: Callable[..., Any], proven: Proven, counts: Counts) 
             counts.count(counts.passed_on, "loss: the head has backward hooks, which need logits")
             return original(self, input)
         if _is_dropped_with_others(self):
-            counts.count(counts.passed_on, "loss: FSDP2 drops the head's weight together with other modules'; shard it alone")
+            counts.count(
+                counts.passed_on, "loss: FSDP2 drops the head's weight together with other modules'; shard it alone"
+            )
             return original(self, input)
         dtype = _compute_dtype(input)
         if (input.device.type, dtype) not in proven:
             counts.count(counts.passed_on, f"loss: not proved for {(input.device.type, dtype)}")
             return original(self, input)
-        return LazyLogits(input, HeadCall(self, counts), Recipe(dtype=dtype, computed_in=dtype, vocab=self.out_features))
+        return LazyLogits(
+            input, HeadCall(self, counts), Recipe(dtype=dtype, computed_in=dtype, vocab=self.out_features)
+        )
 
     return forward
 
@@ -240,9 +251,13 @@ def _changed(path: str, module: nn.Module) -> Refusal | None:
 def _objection(path: str, head: nn.Module) -> Refusal | None:
     if is_retyped(head) or not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         kind = f"{type(head).__module__}.{type(head).__qualname__}"
-        return Refusal(path or MODEL, f"the output head is a {kind}, expected a torch.nn.Linear with its own forward", LOGITS_STAY)
+        return Refusal(
+            path or MODEL, f"the output head is a {kind}, expected a torch.nn.Linear with its own forward", LOGITS_STAY
+        )
     if type(head.weight) not in (nn.Parameter, torch.Tensor):
-        return Refusal(path or MODEL, f"the head's weight is a {type(head.weight).__name__}: sharded or quantised", LOGITS_STAY)
+        return Refusal(
+            path or MODEL, f"the head's weight is a {type(head.weight).__name__}: sharded or quantised", LOGITS_STAY
+        )
     if not head.weight.dtype.is_floating_point or head.weight.dtype.itemsize < 2:
         return Refusal(path or MODEL, f"the head's weight is {head.weight.dtype}: quantised", LOGITS_STAY)
     return None
@@ -250,5 +265,6 @@ def _objection(path: str, head: nn.Module) -> Refusal | None:
 
 def _narrow_head(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     return functional_copy(  # type: ignore[return-value]
-        nn.Linear(weight.shape[1], weight.shape[0], device="meta"), {"weight": weight, "bias": bias}  # type: ignore[dict-item]
+        nn.Linear(weight.shape[1], weight.shape[0], device="meta"),
+        {"weight": weight, "bias": bias},  # type: ignore[dict-item]
     )

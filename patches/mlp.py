@@ -176,7 +176,9 @@ def _linears(module: nn.Module) -> dict[str, tuple[int, int]] | None:
 def _activation_dtype(module: nn.Module) -> torch.dtype:
     """Dtype of the first ordinary floating point parameter; quantised weights compute in the default dtype."""
     dtypes = (parameter.dtype for parameter in module.parameters())
-    return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize >= 2), torch.get_default_dtype())
+    return next(
+        (dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize >= 2), torch.get_default_dtype()
+    )
 
 
 def _probe(module: nn.Module, linears: Mapping[str, tuple[int, int]]) -> MlpForm | str | None:

@@ -100,7 +100,9 @@ class NormPatch:
         x[0] *= 1e-2
         inputs = {"x": x.to(device)}
         if form.weight:
-            inputs["weight"] = (torch.rand(size, generator=generator, dtype=torch.float64) + 0.5 - form.offset).to(device)
+            inputs["weight"] = (torch.rand(size, generator=generator, dtype=torch.float64) + 0.5 - form.offset).to(
+                device
+            )
 
         def copy(leaves: Mapping[str, torch.Tensor]) -> nn.Module:
             return functional_copy(module, {form.weight: leaves["weight"]} if form.weight else {})
@@ -115,7 +117,9 @@ class NormPatch:
             dtypes={"x": x_dtype, "weight": weight_dtype},
             theirs=lambda leaves: copy(leaves)(leaves["x"]),
             ours=ours,
-            truth=lambda leaves: reference.rms_norm(leaves["x"], leaves.get("weight"), form.eps, form.offset, form.order),
+            truth=lambda leaves: reference.rms_norm(
+                leaves["x"], leaves.get("weight"), form.eps, form.offset, form.order
+            ),
             autocast=(x_dtype if x_dtype in LOW_PRECISION else torch.bfloat16) if autocast else None,
         )
 
@@ -221,7 +225,11 @@ def _objection(
 def _is_scale_invariant(copy: nn.Module, x: torch.Tensor, y: torch.Tensor) -> bool:
     """Whether a factor on the input does not matter, beyond what an eps of 1e-2 would do."""
     scaled = call(copy, x * 7.3)
-    return scaled is not None and torch.allclose(y, scaled, rtol=1e-2, atol=1e-4) and not torch.allclose(y, y[:1], rtol=1e-2)
+    return (
+        scaled is not None
+        and torch.allclose(y, scaled, rtol=1e-2, atol=1e-4)
+        and not torch.allclose(y, y[:1], rtol=1e-2)
+    )
 
 
 def _centres(y: torch.Tensor, tensors: list[torch.Tensor]) -> bool:

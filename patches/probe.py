@@ -62,7 +62,9 @@ def functional_copy(
         children: Direct children by name; those not named are copied, with the tensors they have.
     """
     clone: nn.Module = object.__new__(type(module))
-    attributes = {name: copy.copy(value) if isinstance(value, _RECORDS) else value for name, value in vars(module).items()}
+    attributes = {
+        name: copy.copy(value) if isinstance(value, _RECORDS) else value for name, value in vars(module).items()
+    }
     attributes.pop("forward", None)
     vars(clone).update(attributes, _compiled_call_impl=None, **{name: OrderedDict() for name in _HOOKS})
     vars(clone)["_parameters"] = {name: tensors.get(name) for name in module._parameters}
@@ -78,7 +80,9 @@ def functional_copy(
 def structure_key(module: nn.Module) -> Hashable:
     """Equal for modules that compute the same function up to the values of their tensors."""
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in _own_tensors(module))
-    attributes = tuple((name, _identity(value)) for name, value in sorted(vars(module).items()) if name not in _OF_EVERY_MODULE)
+    attributes = tuple(
+        (name, _identity(value)) for name, value in sorted(vars(module).items()) if name not in _OF_EVERY_MODULE
+    )
     children = tuple((name, structure_key(child)) for name, child in module.named_children())
     return type(module), shapes, attributes, children
 

@@ -73,7 +73,9 @@ def changed_by_accelerator(path: str, module: nn.Module) -> Refusal | None:
     other = next((OTHER_ACCELERATORS[package] for package in packages if package in OTHER_ACCELERATORS), None)
     if other is None:
         return None
-    return Refusal(path or MODEL, f"already changed by {other}", f"{other}'s forward stays; load the model without it to use ours")
+    return Refusal(
+        path or MODEL, f"already changed by {other}", f"{other}'s forward stays; load the model without it to use ours"
+    )
 
 
 def forward_replaced(path: str, module: nn.Module) -> Refusal | None:

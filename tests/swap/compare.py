@@ -51,7 +51,11 @@ def assert_close(ours: Step, theirs: Step) -> None:
         got = ours.gradients[name]
         assert (got.dtype, got.shape) == (expected.dtype, expected.shape), name
         torch.testing.assert_close(
-            *(got, expected), rtol=0, atol=FLOAT32_SHARE * largest, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+            *(got, expected),
+            rtol=0,
+            atol=FLOAT32_SHARE * largest,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 

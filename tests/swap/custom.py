@@ -20,7 +20,9 @@ class Calm(nn.Module):
 
     def forward(self, signal: torch.Tensor) -> torch.Tensor:
         wide = signal.float()
-        return (wide / (wide.square().mean(-1, keepdim=True) + self.tiny).sqrt() * (self.gain_minus_one.float() + 1)).type_as(signal)
+        return (
+            wide / (wide.square().mean(-1, keepdim=True) + self.tiny).sqrt() * (self.gain_minus_one.float() + 1)
+        ).type_as(signal)
 
 
 class Think(nn.Module):
@@ -61,7 +63,9 @@ class Speaker(nn.Module):
         if self.way == "module":
             return nn.CrossEntropyLoss(label_smoothing=0.1)(scores, labels)  # type: ignore[no-any-return]
         if self.way == "chunks":
-            parts = [F.cross_entropy(scores[at : at + 7], labels[at : at + 7], reduction="sum") for at in range(0, 24, 7)]
+            parts = [
+                F.cross_entropy(scores[at : at + 7], labels[at : at + 7], reduction="sum") for at in range(0, 24, 7)
+            ]
             return torch.stack(parts).sum() / (labels != -100).sum()
         if self.way == "mean by hand":
             chosen = scores.log_softmax(-1).gather(1, labels.clamp_min(0)[:, None])[:, 0]

@@ -99,7 +99,12 @@ def _record(log: list[Any], values: bool) -> Callable[..., None]:
     return hook
 
 
-HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
+HOOKS = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)
 INSIDE_MLPS = ("SiLUActivation", "NewGELUActivation", "Dropout")
 
 
@@ -227,7 +232,11 @@ def test_revert_leaves_no_trace(name: str) -> None:
     for module, was, attributes in before:
         assert type(module) is was
         assert vars(module).keys() == attributes.keys()
-        assert all(vars(module)[key] is value or vars(module)[key] == value for key, value in attributes.items() if key[0] != "_")
+        assert all(
+            vars(module)[key] is value or vars(module)[key] == value
+            for key, value in attributes.items()
+            if key[0] != "_"
+        )
     with pytest.raises(ValueError, match="not applied"):
         accel.report(model)
 

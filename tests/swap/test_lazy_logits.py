@@ -281,7 +281,9 @@ def test_the_gradient_with_respect_to_logits_seen_before_the_loss() -> None:
     for model in pair():
         mine: list[torch.Tensor] = []
         seen.append(mine)
-        model.lm_head.register_forward_hook(lambda module, inputs, output, mine=mine: output.register_hook(mine.append) and None)
+        model.lm_head.register_forward_hook(
+            lambda module, inputs, output, mine=mine: output.register_hook(mine.append) and None
+        )
         model(**batch()).loss.backward()
     assert [len(mine) for mine in seen] == [1, 1]
     torch.testing.assert_close(*seen)

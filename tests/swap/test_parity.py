@@ -99,7 +99,9 @@ def test_batches(name: str, inputs: dict[str, Any]) -> None:
     assert accel.report(ours).materialised_logits == 0
 
 
-@pytest.mark.parametrize("inputs", [batch(ignored=TOKENS), batch(tokens=1, ignored=0)], ids=["all ignored", "one token"])
+@pytest.mark.parametrize(
+    "inputs", [batch(ignored=TOKENS), batch(tokens=1, ignored=0)], ids=["all ignored", "one token"]
+)
 @pytest.mark.parametrize("num_items", [{}, {"num_items_in_batch": 7}], ids=["mean", "sum"])
 def test_no_label_left_is_what_vanilla_makes_of_it(inputs: dict[str, Any], num_items: dict[str, int]) -> None:
     """NaN for the mean over no labels, zero for the sum."""
@@ -161,7 +163,9 @@ FROZEN = {
 
 
 # a tied head has no parameter of its own to freeze
-FREEZINGS = [(part, tied) for part in FROZEN for tied in (False, True) if not (tied and part in ("head", "all but the head"))]
+FREEZINGS = [
+    (part, tied) for part in FROZEN for tied in (False, True) if not (tied and part in ("head", "all but the head"))
+]
 
 
 @pytest.mark.parametrize(("frozen_parts", "tied"), FREEZINGS)

@@ -39,7 +39,9 @@ print(*seconds)
 
 def big(layers: int = 80) -> LlamaForCausalLM:
     with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, hidden_size=512, intermediate_size=1024, vocab_size=32000))
+        return LlamaForCausalLM(
+            LlamaConfig(num_hidden_layers=layers, hidden_size=512, intermediate_size=1024, vocab_size=32000)
+        )
 
 
 def mixed() -> nn.Module:
@@ -69,7 +71,15 @@ def test_tables_are_readable(make: Callable[[], nn.Module], width: int, monkeypa
         assert text.count("\n") < 60
         assert text == "\n".join(line.rstrip() for line in text.split("\n"))
         words = set(re.split(r"[\s,]+", text))
-        for whole in ("model.layers.*.mlp", "model.norm", "lm_head", "linear_cross_entropy", "vocabulary", "torch", "weight"):
+        for whole in (
+            "model.layers.*.mlp",
+            "model.norm",
+            "lm_head",
+            "linear_cross_entropy",
+            "vocabulary",
+            "torch",
+            "weight",
+        ):
             assert whole in words, f"{whole} is broken in\n{text}"
     assert ("Refused" in str(plan)) == bool(plan.refusals)
 
@@ -120,7 +130,9 @@ def test_report_of_a_failed_place_is_valid_json(monkeypatch: pytest.MonkeyPatch)
     import automodel_accel.kernels.rms_norm.eager as eager
 
     monkeypatch.setattr(eager, "forward", lambda *arguments: None)
-    report = json.loads(accel.report(accel.apply(tiny())).to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    report = json.loads(
+        accel.report(accel.apply(tiny())).to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )
     assert {claim["fusion"] for claim in report["applied"]} == {"mlp", "loss"}
     assert len([refusal for refusal in report["refusals"] if refusal["fusion"] == "norm"]) == 5
 

@@ -65,9 +65,27 @@ def changed(pick: Kernel, change: Callable[[torch.Tensor], Any]) -> Callable[[Ke
 NUMBER = r"error [0-9.e+-]+ where torch has [0-9.e+-]+: [0-9.e+-]+ of what is allowed"
 # fusion, module of the implementation, function, what is wrong with it, the reason that the user reads
 WRONG: dict[str, tuple[str, Any, str, Callable[[Kernel], Kernel], str]] = {
-    "norm: output 1 % too large": ("norm", rms_norm, "forward", changed(first, lambda y: y * 1.01), f"output: {NUMBER}"),
-    "norm: gradient halved": ("norm", rms_norm, "backward", changed(first, lambda g: g * 0.5), f"gradient of x: {NUMBER}"),
-    "norm: gradient of the weight negated": ("norm", rms_norm, "backward", changed(second, lambda g: -g), f"of weight: {NUMBER}"),
+    "norm: output 1 % too large": (
+        "norm",
+        rms_norm,
+        "forward",
+        changed(first, lambda y: y * 1.01),
+        f"output: {NUMBER}",
+    ),
+    "norm: gradient halved": (
+        "norm",
+        rms_norm,
+        "backward",
+        changed(first, lambda g: g * 0.5),
+        f"gradient of x: {NUMBER}",
+    ),
+    "norm: gradient of the weight negated": (
+        "norm",
+        rms_norm,
+        "backward",
+        changed(second, lambda g: -g),
+        f"of weight: {NUMBER}",
+    ),
     "norm: NaN": ("norm", rms_norm, "forward", changed(first, lambda y: y * float("nan")), "output: error nan"),
     "norm: last column lost": (
         *("norm", rms_norm, "forward"),
@@ -76,9 +94,27 @@ WRONG: dict[str, tuple[str, Any, str, Callable[[Kernel], Kernel], str]] = {
     ),
     "norm: rows swapped": ("norm", rms_norm, "forward", changed(first, lambda y: y.flip(0)), f"output: {NUMBER}"),
     "norm: writes into its input": ("norm", rms_norm, "forward", spoil_first_argument, "x was written to"),
-    "norm: gradient in place": ("norm", rms_norm, "backward", spoil_first_argument, "the incoming gradient was written to"),
-    "norm: wrong dtype": ("norm", rms_norm, "forward", changed(first, lambda y: y.double()), "output is torch.float64, the original"),
-    "norm: crash": ("norm", rms_norm, "forward", crash, "RuntimeError: CUDA error: an illegal memory access was encountered"),
+    "norm: gradient in place": (
+        "norm",
+        rms_norm,
+        "backward",
+        spoil_first_argument,
+        "the incoming gradient was written to",
+    ),
+    "norm: wrong dtype": (
+        "norm",
+        rms_norm,
+        "forward",
+        changed(first, lambda y: y.double()),
+        "output is torch.float64, the original",
+    ),
+    "norm: crash": (
+        "norm",
+        rms_norm,
+        "forward",
+        crash,
+        "RuntimeError: CUDA error: an illegal memory access was encountered",
+    ),
     "norm: crash in backward": ("norm", rms_norm, "backward", crash, "RuntimeError: CUDA error"),
     "norm: wrong shape": ("norm", rms_norm, "forward", changed(first, lambda y: y[:, :-1]), "RuntimeError: shape"),
     "norm: weight without its offset": (
@@ -130,7 +166,9 @@ def test_a_wrong_kernel_is_refused(
     assert report.places(fusion) == 0
     assert report.places("mlp" if fusion == "norm" else "norm") > 0, "the other fusion is served"
     refusals = [refusal for what, refusal in report.refusals if what == fusion]
-    assert {refusal.what for refusal in refusals} == {claim.paths[-1] for claim in before.claims if claim.fusion == fusion}
+    assert {refusal.what for refusal in refusals} == {
+        claim.paths[-1] for claim in before.claims if claim.fusion == fusion
+    }
     for refusal in refusals:
         assert refusal.reason.startswith("the proof of torch failed for cpu, torch.float32")
         assert re.search(reason, refusal.reason), refusal.reason
@@ -179,7 +217,9 @@ class GradientScaled(torch.autograd.Function):
         return grad * 1.1
 
 
-def _spoiled(right: Kernel, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, options: dict[str, Any]) -> Any:
+def _spoiled(
+    right: Kernel, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, options: dict[str, Any]
+) -> Any:
     loss = right(hidden, weight, target, **options)
     overwrite(weight, weight * 1.5)
     return loss
@@ -187,8 +227,14 @@ def _spoiled(right: Kernel, hidden: torch.Tensor, weight: torch.Tensor, target: 
 
 WRONG_LOSSES: dict[str, tuple[Callable[..., Any], str]] = {
     "too large": (lambda right, h, w, t, o: right(h, w, t, **o) * 1.02, f"output: {NUMBER}"),
-    "gradient of hidden": (lambda right, h, w, t, o: right(GradientScaled.apply(h), w, t, **o), f"gradient of x: {NUMBER}"),
-    "gradient of weight": (lambda right, h, w, t, o: right(h, GradientScaled.apply(w), t, **o), f"gradient of weight: {NUMBER}"),
+    "gradient of hidden": (
+        lambda right, h, w, t, o: right(GradientScaled.apply(h), w, t, **o),
+        f"gradient of x: {NUMBER}",
+    ),
+    "gradient of weight": (
+        lambda right, h, w, t, o: right(h, GradientScaled.apply(w), t, **o),
+        f"gradient of weight: {NUMBER}",
+    ),
     "soft-cap forgotten": (lambda right, h, w, t, o: right(h, w, t, **{**o, "softcap": None}), NUMBER),
     "scale forgotten": (lambda right, h, w, t, o: right(h, w, t, **{**o, "scale": 1.0}), NUMBER),
     "ignored labels counted": (
@@ -213,7 +259,11 @@ WRONG_LOSSES: dict[str, tuple[Callable[..., Any], str]] = {
 @pytest.mark.parametrize(("mistake", "reason"), WRONG_LOSSES.values(), ids=WRONG_LOSSES)
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_a_wrong_loss_is_refused(
-    name: str, mistake: Callable[..., Any], reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    name: str,
+    mistake: Callable[..., Any],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     import re
 

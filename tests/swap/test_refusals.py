@@ -35,7 +35,10 @@ def untouched(model: nn.Module) -> bool:
 
 
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown setting": ({"nrom": False}, "unknown setting 'nrom'. Did you mean 'norm'? Known: norm, mlp, loss, strict."),
+    "unknown setting": (
+        {"nrom": False},
+        "unknown setting 'nrom'. Did you mean 'norm'? Known: norm, mlp, loss, strict.",
+    ),
     "unknown setting in a dict": ({"config": {"los": False}}, "unknown setting 'los'. Did you mean 'loss'?"),
     "unknown implementation": (
         {"norm": "tritton"},
@@ -46,7 +49,10 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "a number": ({"mlp": 1}, 'mlp=1: expected "auto", False, or the name of an implementation.'),
     "None": ({"mlp": None}, 'mlp=None: expected "auto", False, or the name of an implementation.'),
     "strict as text": ({"strict": "yes"}, "strict='yes': expected True or False."),
-    "a config of another kind": ({"config": "triton"}, "config is a str; expected an AccelConfig, a dict, or settings by name."),
+    "a config of another kind": (
+        {"config": "triton"},
+        "config is a str; expected an AccelConfig, a dict, or settings by name.",
+    ),
 }
 
 
@@ -79,7 +85,9 @@ def test_applied_twice(caplog: pytest.LogCaptureFixture) -> None:
     assert "this LlamaForCausalLM is already applied; nothing was changed. See report(model)." in caplog.text
     assert [type(module) for module in model.modules()] == classes
     assert accel.report(model) is report
-    with pytest.raises(ValueError, match=r"already applied with AccelConfig\(.*\); call revert\(model\) before applying"):
+    with pytest.raises(
+        ValueError, match=r"already applied with AccelConfig\(.*\); call revert\(model\) before applying"
+    ):
         accel.apply(model, norm=False)
     assert [type(module) for module in model.modules()] == classes
     accel.apply(accel.revert(model), norm=False)
@@ -130,7 +138,9 @@ def test_strict_changes_nothing_and_says_what_was_asked() -> None:
 
 def test_strict_and_a_named_implementation_that_cannot_serve() -> None:
     model = tiny(dtype=torch.float64)
-    with pytest.raises(accel.RefusedError, match=r"norm='triton' on cpu: computes .*; the tensors are torch.float64; torch serves"):
+    with pytest.raises(
+        accel.RefusedError, match=r"norm='triton' on cpu: computes .*; the tensors are torch.float64; torch serves"
+    ):
         accel.apply(model, norm="triton", strict=True)
     assert untouched(model)
     accel.apply(model, norm="triton")
@@ -158,7 +168,8 @@ def test_a_model_whose_instances_liger_has_changed() -> None:
         found = reasons(model, fusion)
         assert len(found) == places
         assert all(
-            ": already changed by Liger-Kernel; Liger-Kernel's forward stays; load the model without it to use ours" in text
+            ": already changed by Liger-Kernel; Liger-Kernel's forward stays; load the model without it to use ours"
+            in text
             for text in found
         )
     accel.apply(model)
@@ -260,14 +271,18 @@ def test_8_bit_linears_are_called_and_an_8_bit_head_is_refused() -> None:
     assert_close(step(model, **batch()), expected)
     assert report.counts.fused["mlp"] == 2
     (text,) = reasons(model, "loss")
-    assert text.startswith("lm_head: the output head is a tests.swap.test_refusals.Linear8bit, expected a torch.nn.Linear")
+    assert text.startswith(
+        "lm_head: the output head is a tests.swap.test_refusals.Linear8bit, expected a torch.nn.Linear"
+    )
     assert text.endswith("the model's own loss stays, with its logits")
 
 
 def test_a_head_with_an_int8_weight() -> None:
     model = tiny(tie_word_embeddings=False)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().to(torch.int8), requires_grad=False)
-    assert reasons(model, "loss") == ["lm_head: the head's weight is torch.int8: quantised; the model's own loss stays, with its logits"]
+    assert reasons(model, "loss") == [
+        "lm_head: the head's weight is torch.int8: quantised; the model's own loss stays, with its logits"
+    ]
 
 
 def test_a_head_that_is_no_linear() -> None:
@@ -275,7 +290,9 @@ def test_a_head_that_is_no_linear() -> None:
     model.lm_head = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 97))
     expected = step(model, **batch())
     (text,) = reasons(model, "loss")
-    assert text.startswith("lm_head: the output head is a torch.nn.modules.container.Sequential, expected a torch.nn.Linear")
+    assert text.startswith(
+        "lm_head: the output head is a torch.nn.modules.container.Sequential, expected a torch.nn.Linear"
+    )
     assert_close(step(accel.apply(model), **batch()), expected)
 
 
@@ -320,7 +337,9 @@ def test_two_claims_on_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "all_patches", lambda: (NormPatch(), Rival()))
     model = tiny()
     for function in (accel.plan, accel.apply):
-        with pytest.raises(ValueError, match=r"^model.layers.1.input_layernorm is claimed by norm \(rms_norm 32, weight") as raised:
+        with pytest.raises(
+            ValueError, match=r"^model.layers.1.input_layernorm is claimed by norm \(rms_norm 32, weight"
+        ) as raised:
             function(model)
         assert str(raised.value).endswith("and by mlp (a rival's norm); switch one off: apply(model, mlp=False).")
     assert untouched(model)
@@ -353,8 +372,12 @@ def test_a_model_that_transformers_has_never_seen(custom: Any, loss: str) -> Non
 
 def test_models_without_labels_or_with_a_strange_head(custom: Any) -> None:
     custom.forward_without_labels()
-    assert reasons(custom, "loss") == ["the model: its forward takes no labels; it computes no loss, so there is nothing to fuse"]
+    assert reasons(custom, "loss") == [
+        "the model: its forward takes no labels; it computes no loss, so there is nothing to fuse"
+    ]
     custom.__class__ = type(custom).__mro__[1]
     custom.voice = [custom.mouth]
     del custom.mouth
-    assert reasons(custom, "loss") == ["the model: its output head is not one of its modules; the model's own loss stays, with its logits"]
+    assert reasons(custom, "loss") == [
+        "the model: its output head is not one of its modules; the model's own loss stays, with its logits"
+    ]

@@ -25,7 +25,9 @@ class Host(nn.Module):
 
 
 def inputs(*shape: int, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*(shape or (2, 7, look.SIZE)), generator=torch.Generator().manual_seed(0)) * scale).requires_grad_()
+    return (
+        torch.randn(*(shape or (2, 7, look.SIZE)), generator=torch.Generator().manual_seed(0)) * scale
+    ).requires_grad_()
 
 
 def run(host: nn.Module, x: torch.Tensor, *more: torch.Tensor, **named: float) -> Step:
@@ -126,7 +128,9 @@ def test_a_norm_called_with_two_inputs_is_the_original() -> None:
         assert accel.report(ours).counts.passed_on == {"norm: called with more than one input, or by keyword": 2}
 
 
-@pytest.mark.parametrize("shape", [(look.SIZE,), (3, look.SIZE), (2, 4, 7, look.SIZE), (0, look.SIZE), (2, 1, look.SIZE)])
+@pytest.mark.parametrize(
+    "shape", [(look.SIZE,), (3, look.SIZE), (2, 4, 7, look.SIZE), (0, look.SIZE), (2, 1, look.SIZE)]
+)
 @pytest.mark.parametrize("make", [look.Rms, look.PerHead])
 def test_norms_of_every_dimension(shape: tuple[int, ...], make: Callable[[], nn.Module]) -> None:
     host = Host(make())
@@ -178,7 +182,10 @@ UNSERVED_MLPS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "quick gelu": (lambda: look.Mlp(look.quick_gelu), "computes something else"),
     "nearly silu": (lambda: look.Mlp(look.nearly_silu), "computes something else"),
     "clamped silu": (lambda: look.Mlp(look.clamped_silu), "computes something else"),
-    "rounded gelu": (lambda: look.Mlp(look.tanh_gelu_of_rounded_constant), "only nearly a gated mlp with gelu_tanh: off by "),
+    "rounded gelu": (
+        lambda: look.Mlp(look.tanh_gelu_of_rounded_constant),
+        "only nearly a gated mlp with gelu_tanh: off by ",
+    ),
     "activates in float32": (look.ActivatesInFloat32, "as one that activates in float32 is"),
     "no activation": (look.NoActivation, "computes something else"),
     "a residual": (look.WithResidual, "computes something else"),
@@ -207,16 +214,31 @@ class Attention(nn.Module):
         self.query, self.key, self.value = (nn.Linear(look.SIZE, look.SIZE) for _ in range(3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (linear(x).view(*x.shape[:2], 4, look.SIZE // 4).transpose(1, 2) for linear in (self.query, self.key, self.value))
+        q, k, v = (
+            linear(x).view(*x.shape[:2], 4, look.SIZE // 4).transpose(1, 2)
+            for linear in (self.query, self.key, self.value)
+        )
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-NEITHER = (nn.Softmax(-1), nn.Tanh(), nn.Sigmoid(), nn.Softsign(), nn.Hardtanh(), nn.ReLU(), nn.Dropout(0.1), nn.Flatten(), Attention())
+NEITHER = (
+    nn.Softmax(-1),
+    nn.Tanh(),
+    nn.Sigmoid(),
+    nn.Softsign(),
+    nn.Hardtanh(),
+    nn.ReLU(),
+    nn.Dropout(0.1),
+    nn.Flatten(),
+    Attention(),
+)
 
 
 @pytest.mark.parametrize("inner", NEITHER, ids=lambda inner: type(inner).__name__)
 def test_what_is_neither_is_not_spoken_of(inner: nn.Module) -> None:
-    assert {str(refusal) for _, refusal in accel.plan(Host(inner)).refusals} == {"model: has no such place; nothing to do"}
+    assert {str(refusal) for _, refusal in accel.plan(Host(inner)).refusals} == {
+        "model: has no such place; nothing to do"
+    }
 
 
 def test_an_mlp_called_with_an_extra_keyword_is_the_original() -> None:

@@ -129,12 +129,18 @@ USES: dict[str, tuple[str, Callable[[Any], torch.Tensor]]] = {
         lambda z: F.log_softmax((z / 0.7).double()[:, 3:-2, :50].float().reshape(-1, 50), dim=-1)[:, 2].mean(),
     ),
     "a soft-cap of a soft-cap": ("tanh", lambda z: (2.0 * torch.tanh(2.5 * torch.tanh(z / 2.5))).mean()),
-    "class probabilities": ("cross_entropy", lambda z: F.cross_entropy(z.flatten(0, 1), torch.full((48, VOCABULARY), 0.01))),
+    "class probabilities": (
+        "cross_entropy",
+        lambda z: F.cross_entropy(z.flatten(0, 1), torch.full((48, VOCABULARY), 0.01)),
+    ),
     "class weights": (
         "cross_entropy",
         lambda z: F.cross_entropy(z.flatten(0, 1), torch.arange(48), weight=torch.linspace(0, 1, VOCABULARY)),
     ),
-    "classes in the second dimension": ("transpose", lambda z: F.cross_entropy(z.transpose(1, 2), torch.ones(2, 24).long())),
+    "classes in the second dimension": (
+        "transpose",
+        lambda z: F.cross_entropy(z.transpose(1, 2), torch.ones(2, 24).long()),
+    ),
 }
 
 
@@ -164,7 +170,9 @@ FUSED_USES: dict[str, Callable[[Any], torch.Tensor]] = {
     "a negative soft-cap": lambda z: F.cross_entropy((torch.tanh(z / -2.5) * -2.5).flatten(0, 1), torch.arange(48)),
     "a bare tanh": lambda z: F.cross_entropy(z.tanh().flatten(0, 1), torch.arange(48)),
     "a prefix of the vocabulary": lambda z: F.cross_entropy(z[..., :60].flatten(0, 1), torch.arange(48)),
-    "masked rows": lambda z: F.cross_entropy(z[batch()["labels"] > 40], torch.ones(2, 24).long()[batch()["labels"] > 40]),
+    "masked rows": lambda z: F.cross_entropy(
+        z[batch()["labels"] > 40], torch.ones(2, 24).long()[batch()["labels"] > 40]
+    ),
     "chosen rows": lambda z: F.cross_entropy(z[:, [1, 5, 3]].reshape(-1, VOCABULARY), torch.arange(6)),
     "one position": lambda z: F.cross_entropy(z[:, -1, :], torch.arange(2)),
     "one position, ellipsis": lambda z: F.cross_entropy(z[..., -1, :].float(), torch.arange(2)),

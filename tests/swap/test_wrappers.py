@@ -202,8 +202,13 @@ def test_fully_shard(mesh: Any, group: str, fused: int) -> None:
     assert report.counts.fused["loss"] == fused
     assert report.materialised_logits == 0
     if not fused:
-        assert any("FSDP2 drops the head's weight together with other modules'; shard it alone" in why for why in report.counts.passed_on)
-    with pytest.raises(ValueError, match=r"FSDP.* was derived from a swapped class after apply .*revert before wrapping"):
+        assert any(
+            "FSDP2 drops the head's weight together with other modules'; shard it alone" in why
+            for why in report.counts.passed_on
+        )
+    with pytest.raises(
+        ValueError, match=r"FSDP.* was derived from a swapped class after apply .*revert before wrapping"
+    ):
         accel.revert(ours)
     assert_close(whole(step(ours, **batch())), expected)
     logits = ours(**batch()).logits
@@ -249,8 +254,20 @@ def test_trainer(tmp_path: Any) -> None:
     """Accumulation, an evaluation with metrics in between, and a saved model: the same losses, and stock files."""
     rows = [{"input_ids": row, "labels": row} for row in batch(rows=8)["input_ids"]]
     arguments = transformers.TrainingArguments(
-        **{"output_dir": str(tmp_path), "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-        **{"logging_steps": 1, "eval_steps": 2, "eval_strategy": "steps", "save_strategy": "no", "report_to": [], "use_cpu": True},
+        **{
+            "output_dir": str(tmp_path),
+            "max_steps": 3,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+        },
+        **{
+            "logging_steps": 1,
+            "eval_steps": 2,
+            "eval_strategy": "steps",
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+        },
         **{"disable_tqdm": True, "learning_rate": 1e-3, "batch_eval_metrics": False},
     )
     histories: list[list[dict[str, float]]] = []
@@ -261,7 +278,9 @@ def test_trainer(tmp_path: Any) -> None:
             *(model, arguments),
             train_dataset=rows,
             eval_dataset=rows[:3],
-            compute_metrics=lambda p, seen=seen: seen.append(p.predictions) or {"shape": float(p.predictions.shape[-1])},
+            compute_metrics=lambda p, seen=seen: (
+                seen.append(p.predictions) or {"shape": float(p.predictions.shape[-1])}
+            ),
         )
         trainer.train()
         assert seen[0].shape == (3, 24, 97)
