@@ -1,5 +1,6 @@
 """The demo from end to end, and what it says to wrong input."""
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -19,6 +20,7 @@ ROOT = EXAMPLES.parent
 # `python -m` would put the examples out of reach of each other; the script needs the checkout on its path
 LAUNCH = ("env", f"PYTHONPATH={ROOT}", sys.executable)
 SCRIPT = str(EXAMPLES / "finetune.py")
+DRAWS = importlib.util.find_spec("matplotlib") is not None
 FLAGS = ("--steps", "3", "--batch-size", "2", "--rank", "4", "--device", "cpu")
 
 
@@ -45,16 +47,13 @@ def test_demo_prints_the_plan_first_and_the_comparison_last(demo: tuple[str, Pat
         "What colour is a fig?",
         "peak memory",
         "Held-out loss",
-        "loss.png",
+        "loss.png" if DRAWS else "No picture: matplotlib is not installed",
     ]
     places = [printed.index(text) for text in order]
     assert places == sorted(places)
-    assert {path.name for path in output.iterdir()} >= {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "figures.json",
-        "loss.png",
-    }
+    written = {path.name for path in output.iterdir()}
+    assert written >= {"adapter_config.json", "adapter_model.safetensors", "figures.json"}
+    assert ("loss.png" in written) == DRAWS
 
 
 def test_demo_figures_are_those_of_two_equal_trainings(demo: tuple[str, Path]) -> None:
@@ -77,7 +76,7 @@ def test_demo_figures_are_those_of_two_equal_trainings(demo: tuple[str, Path]) -
     assert accelerated["report"]["calls"]["loss"] == 3
     assert {claim["fusion"] for claim in accelerated["report"]["applied"]} == {"norm", "mlp", "loss"}
     assert "report" not in vanilla
-    assert figures["machine"]["versions"]["torch"] == torch.__version__
+    assert figures["machine"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert figures["options"]["rank"] == 4
     assert [set(item) for item in accelerated["answers"]] == [
         {"question", "before", "after"},
