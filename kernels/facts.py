@@ -19,12 +19,12 @@ import torch
 OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
     {
         "triton": "fused kernels on NVIDIA and AMD GPUs",
-        "transformer-engine": "FP8 linears and norms by NVIDIA",
-        "flash-attn": "FlashAttention 2",
-        "liger-kernel": "Liger's kernels as further implementations and as a peer in the bench",
-        "bitsandbytes": "8-bit and 4-bit base models",
-        "datasets": "datasets from the hub and streaming",
-        "wandb": "logging to Weights & Biases",
+        "transformer-engine": "nothing yet; FP8 linears and norms by NVIDIA will use it",
+        "flash-attn": "nothing yet; attention will use it",
+        "liger-kernel": "nothing yet; its kernels will be further implementations and peers in the bench",
+        "bitsandbytes": "8-bit and 4-bit base models, as transformers loads them",
+        "datasets": "nothing yet; recipes will read datasets from the hub with it",
+        "wandb": "nothing yet; recipes will log to it",
         "matplotlib": "loss curves as pictures",
     }
 )
