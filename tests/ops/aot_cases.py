@@ -76,7 +76,9 @@ GATED_LINEAR = [
 ]
 
 
-def _cross_entropy(dtype: torch.dtype, vocab: int, softcap: float | None = None, smoothing: float = 0.0) -> list[AotCase]:
+def _cross_entropy(
+    dtype: torch.dtype, vocab: int, softcap: float | None = None, smoothing: float = 0.0
+) -> list[AotCase]:
     logits = torch.ones(ROWS, -(-vocab // 16) * 16, dtype=dtype)[:, :vocab]
     target, weight = torch.ones(ROWS, dtype=torch.int64), torch.ones(()).expand(ROWS)
     form = (0.5, softcap, -100, smoothing)

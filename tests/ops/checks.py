@@ -68,9 +68,7 @@ def check_everything(operation: Operation, dtype: torch.dtype, shapes: Sequence[
         check(operation, dtype)
 
 
-def check_shape(
-    operation: Operation, dtype: torch.dtype, shape: tuple[int, ...], draws: int | None = None
-) -> None:
+def check_shape(operation: Operation, dtype: torch.dtype, shape: tuple[int, ...], draws: int | None = None) -> None:
     """Values at one shape; over several draws where it has few elements, lest luck decide."""
     draws = draws or min(max(256 // max(math.prod(shape), 1), 1), 16)
     judge_results([results(operation, operation.draw(shape, dtype, seed)) for seed in range(draws)])

@@ -40,7 +40,9 @@ def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_global_memory_is_read_and_written_in_wide_words(compiled: list[dict[str, Any]]) -> None:
-    assert [row for row in compiled if row["widest"] < WIDEST[row["target"]] or row["narrow"] > row["single_values"]] == []
+    assert [
+        row for row in compiled if row["widest"] < WIDEST[row["target"]] or row["narrow"] > row["single_values"]
+    ] == []
 
 
 def test_a_program_has_at_most_1024_threads(compiled: list[dict[str, Any]]) -> None:
