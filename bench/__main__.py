@@ -69,15 +69,15 @@ def _table(about: str, rows: list[Row]) -> Table:
     first = rows[0]
     sizes = ", ".join(f"{name} {value}" for name, value in first["sizes"].items())
     where = f"{first['device_name']} {first['arch']}, torch {first['versions']['torch']}"
-    caption = f"{sizes}, {first['dtype']}; {where}, {first['threads']} thread(s), {first['repetitions']} repetitions"
+    caption = f"{sizes}, {first['dtype']}; {where}, {first['threads']} thread(s); median of {first['repetitions']}"
     table = Table(title=about, caption=caption)
     for column in (
         "variant",
-        "seconds (median)",
+        "seconds",
         "fastest",
-        "CPU seconds",
+        "CPU s",
         "TFLOP/s",
-        "extra peak MB",
+        "extra MB",
         "time",
         "memory",
     ):

@@ -66,7 +66,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
-    num_items: int | torch.Tensor | None = None,
+    num_items: float | torch.Tensor | None = None,
     valid_rows: int | None = None,
     workspace_bytes: int | None = None,
     implementation: str = AUTO,
@@ -87,7 +87,7 @@ def linear_cross_entropy(
         ignore_index: Target of tokens that do not count; their row of the gradient is zero.
         label_smoothing: Share of the target spread evenly over all classes, in [0, 1].
         reduction: "mean" over the targets that count, "sum", or "none".
-        num_items: Divides the sum in place of the number of targets that count: an int, or a 0-d tensor that is not read by
+        num_items: Divides the sum in place of the number of targets that count: a number, or a 0-d tensor that is not read by
             the host. Only with "mean".
         valid_rows: Upper bound on the number of targets that count, known to the host. On a GPU it is what allows ignored
             tokens to be dropped without waiting for the device; a bound that is too low makes the loss NaN there.
@@ -103,8 +103,8 @@ def linear_cross_entropy(
     """
     _check_tensors(hidden, weight, target, bias)
     _check_options(softcap, label_smoothing, reduction, num_items, valid_rows, workspace_bytes)
-    if isinstance(num_items, int):
-        num_items = hidden.new_full((), num_items, dtype=torch.float64, requires_grad=False)
+    if num_items is not None and not isinstance(num_items, torch.Tensor):
+        num_items = hidden.new_full((), num_items, dtype=_compute_dtype(hidden), requires_grad=False)
     differentiated = torch.is_grad_enabled()
     needs = [differentiated and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     options = (
@@ -143,7 +143,7 @@ def _check_options(
     softcap: float | None,
     label_smoothing: float,
     reduction: str,
-    num_items: int | torch.Tensor | None,
+    num_items: float | torch.Tensor | None,
     valid_rows: int | None,
     workspace_bytes: int | None,
 ) -> None:
@@ -163,10 +163,10 @@ def _check_options(
         )
     if isinstance(num_items, torch.Tensor) and num_items.dim():
         raise ValueError(
-            f"linear_cross_entropy: num_items has shape {tuple(num_items.shape)}, expected an int or a 0-d tensor."
+            f"linear_cross_entropy: num_items has shape {tuple(num_items.shape)}, expected a number or a 0-d tensor."
         )
-    if isinstance(num_items, int) and num_items < 1:
-        raise ValueError(f"linear_cross_entropy: num_items is {num_items}, expected at least 1.")
+    if isinstance(num_items, int | float) and not num_items > 0:
+        raise ValueError(f"linear_cross_entropy: num_items is {num_items}, expected a positive number.")
     if valid_rows is not None and valid_rows < 0:
         raise ValueError(f"linear_cross_entropy: valid_rows is {valid_rows}, expected a number of targets.")
     if workspace_bytes is not None and workspace_bytes < 1:
@@ -276,7 +276,7 @@ def _backward(
         row_weight_N = (once / _divisor(target, num_items, options, _compute_dtype(hidden))).expand(target.shape)
         grads = list(_in_chunks(hidden, weight, bias, target, row_weight_N, options, needs)[1:])
     if options.ready_in_forward(hidden.dtype):
-        _scale_all_(grads, grad_output, hidden, weight, options)
+        _scale_all_(grads, grad_output, weight.shape[0], options)
     return grads[0], grads[1], grads[2]
 
 
@@ -421,12 +421,10 @@ def _fake_backward(
     return _empty_gradients(hidden, weight, bias, _Options(*given).needs)
 
 
-def _scale_all_(
-    grads: list[torch.Tensor], grad_output: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, options: _Options
-) -> None:
-    module = implementation_module(KERNEL, hidden.device.type, hidden.dtype, weight.shape[0], options.implementation)
+def _scale_all_(grads: list[torch.Tensor], factor: torch.Tensor, vocab: int, options: _Options) -> None:
     for grad in grads:
-        module.scale_(grad, grad_output)
+        module = implementation_module(KERNEL, grad.device.type, grad.dtype, vocab, options.implementation)
+        module.scale_(grad, factor)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -443,16 +441,16 @@ def _gradients(ctx: Any, grad_output: torch.Tensor, backward: Any) -> tuple[Any,
 def _setup_context_eager(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.options = _Options(*inputs[5:])
     ctx.ready = list(output[1:]) if ctx.options.ready_in_forward(inputs[0].dtype) else []
+    ctx.vocab = inputs[1].shape[0]
     ctx.save_for_backward(*inputs[:5])
 
 
 def _gradients_eager(ctx: Any, grad_output: torch.Tensor, backward: Any) -> tuple[Any, ...]:
     """Hand out what forward computed, once: scaled in place, so that no second [V, H] exists. Afterwards compute anew."""
-    inputs = ctx.saved_tensors
     if not ctx.ready:
-        return _one_per_input(ctx, backward(grad_output, [], *inputs, *ctx.options))
+        return _one_per_input(ctx, backward(grad_output, [], *ctx.saved_tensors, *ctx.options))
     grads, ctx.ready = ctx.ready, []
-    _scale_all_(grads, grad_output, inputs[0], inputs[1], ctx.options)
+    _scale_all_(grads, grad_output, ctx.vocab, ctx.options)
     return _one_per_input(ctx, grads)
 
 

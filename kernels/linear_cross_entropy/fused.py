@@ -1,7 +1,7 @@
 """Cross entropy of a chunk of logits in Triton: the loss, and the gradient written over the logits.
 
-Bytes per call, of the floor: the logits are read twice and written once (the floor is one read and one write, for a row does not
-fit in registers), 3 R of [C, V]; the second sweep walks backwards, so that what was read last is met first, in the L2 cache.
+Bytes per call, of the floor: the logits are read twice and written once, where the floor is one of each: a row of them does not
+fit in registers. The second sweep walks backwards, so that what was read last is met first, in the L2 cache.
 Each lane keeps its own maximum and sum; the lanes meet once, at the end of the first sweep. One program a row, no atomics.
 Shapes and letters as in eager.py.
 """

@@ -14,7 +14,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
-    num_items: int | torch.Tensor | None = None,
+    num_items: float | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Output head and cross entropy in float32; see `automodel_accel.kernels.linear_cross_entropy.linear_cross_entropy`."""
     logits = F.linear(hidden, weight, bias)

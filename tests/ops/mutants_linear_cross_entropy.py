@@ -127,7 +127,7 @@ LOOP = (
     ),
     Mutant(
         HOST,
-        "    _scale_all_(grads, grad_output, inputs[0], inputs[1], ctx.options)\n",
+        "    _scale_all_(grads, grad_output, ctx.vocab, ctx.options)\n",
         "",
         "first backward not scaled",
     ),
