@@ -1,5 +1,6 @@
 """The Python examples in the README and in docs/ run, each in a fresh namespace, without a network."""
 
+import json
 import re
 from pathlib import Path
 
@@ -32,3 +33,17 @@ def test_links_lead_somewhere(page: Path) -> None:
         target for target in LINK.findall(page.read_text(encoding="utf-8")) if not (page.parent / target).exists()
     ]
     assert not broken
+
+
+def test_figures_in_the_readme_are_those_of_committed_rows() -> None:
+    text = (ROOT / "bench" / "results" / "linear_cross_entropy.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    lines = {
+        f"| {row['variant']} | {row['seconds']['p50']:.1f} | {row['extra_peak_bytes'] / 1e6:.0f} MB |": row["time"]
+        for row in rows
+        if row["sizes"] == {"tokens": 4096, "hidden": 512, "vocab": 128256, "ignored": 0.0}
+    }
+    told = re.findall(r"^\| (?:vanilla|ours) \|.*\|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(told) == 2
+    assert len({lines.get(line) for line in told}) == 1, "both from one run"
+    assert set(told) <= set(lines)
