@@ -87,6 +87,28 @@ class Implementation:
         return None
 
 
+def in_triton(module: str, max_size: int | None = None) -> Implementation:
+    """An implementation by Triton kernels, on any GPU."""
+    return Implementation(
+        name="triton",
+        module=module,
+        devices=frozenset({"cuda", "xpu"}),
+        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
+        max_size=max_size,
+        needs="triton",
+    )
+
+
+def in_torch(module: str) -> Implementation:
+    """An implementation by torch operations, on any device."""
+    return Implementation(
+        name="torch",
+        module=module,
+        devices=frozenset({"cuda", "xpu", "cpu", "mps"}),
+        dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64}),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The implementation that won (None when a named one was refused), and the reason against every other one."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module, unknown_name
+from automodel_accel.kernels.contract import AUTO, Kernel, implementation_module, in_torch, in_triton, unknown_name
 from automodel_accel.kernels.gated_linear import reference
 from automodel_accel.kernels.launch import rows
 from automodel_accel.kernels.registration import Definition, register
@@ -28,19 +28,8 @@ KERNEL = Kernel(
     name="gated_linear",
     reference=reference.gated_linear,
     implementations=(
-        Implementation(
-            name="triton",
-            module="automodel_accel.kernels.gated_linear.fused",
-            devices=frozenset({"cuda", "xpu"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-            needs="triton",
-        ),
-        Implementation(
-            name="torch",
-            module="automodel_accel.kernels.gated_linear.eager",
-            devices=frozenset({"cuda", "xpu", "cpu", "mps"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64}),
-        ),
+        in_triton("automodel_accel.kernels.gated_linear.fused"),
+        in_torch("automodel_accel.kernels.gated_linear.eager"),
     ),
 )
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module
+from automodel_accel.kernels.contract import AUTO, Kernel, implementation_module, in_torch, in_triton
 from automodel_accel.kernels.linear_cross_entropy import reference
 from automodel_accel.kernels.registration import Definition, register
 
@@ -38,19 +38,8 @@ KERNEL = Kernel(
     name="linear_cross_entropy",
     reference=reference.linear_cross_entropy,
     implementations=(
-        Implementation(
-            name="triton",
-            module="automodel_accel.kernels.linear_cross_entropy.fused",
-            devices=frozenset({"cuda", "xpu"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-            needs="triton",
-        ),
-        Implementation(
-            name="torch",
-            module="automodel_accel.kernels.linear_cross_entropy.eager",
-            devices=frozenset({"cuda", "xpu", "cpu", "mps"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64}),
-        ),
+        in_triton("automodel_accel.kernels.linear_cross_entropy.fused"),
+        in_torch("automodel_accel.kernels.linear_cross_entropy.eager"),
     ),
 )
 

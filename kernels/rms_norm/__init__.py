@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module
+from automodel_accel.kernels.contract import AUTO, Kernel, implementation_module, in_torch, in_triton
 from automodel_accel.kernels.launch import rows
 from automodel_accel.kernels.registration import Definition, register
 from automodel_accel.kernels.rms_norm import reference
@@ -26,20 +26,8 @@ KERNEL = Kernel(
     name="rms_norm",
     reference=reference.rms_norm,
     implementations=(
-        Implementation(
-            name="triton",
-            module="automodel_accel.kernels.rms_norm.fused",
-            devices=frozenset({"cuda", "xpu"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
-            max_size=65536,
-            needs="triton",
-        ),
-        Implementation(
-            name="torch",
-            module="automodel_accel.kernels.rms_norm.eager",
-            devices=frozenset({"cuda", "xpu", "cpu", "mps"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64}),
-        ),
+        in_triton("automodel_accel.kernels.rms_norm.fused", max_size=65536),
+        in_torch("automodel_accel.kernels.rms_norm.eager"),
     ),
 )
 
