@@ -7,6 +7,7 @@ with the same structure are proved once.
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -56,16 +57,17 @@ def prove(claim: Claim, patch: Patch, module: nn.Module) -> Proof:
         if choice.winner is None:
             refusal = f"no implementation serves it on {device}: {'; '.join(map(str, choice.refused))}"
             continue
+        name = choice.winner.name
         native, *others = patch.keys(claim, device)
         for key in (native, *others):
-            excess, problem = _try(patch.experiment(claim, module, key, choice.winner.name))
+            excess, problem = _try(partial(patch.experiment, claim, module, key, name))
             if problem is None:
-                proven[key] = choice.winner.name
+                proven[key] = name
                 worst = max(worst, excess)
             else:
                 failed[key] = problem
         if native in failed:
-            refusal = f"the proof of {choice.winner.name} failed for {_named(native)}: {failed[native]}"
+            refusal = f"the proof of {name} failed for {_named(native)}: {failed[native]}"
     return Proof(proven, failed, worst, refusal)
 
 
@@ -74,9 +76,10 @@ def proof_refusal(claim: Claim, proof: Proof) -> Refusal | None:
     return Refusal(claim.paths[-1], proof.refusal, "the original forward stays") if proof.refusal else None
 
 
-def _try(experiment: Experiment) -> tuple[float, str | None]:
+def _try(set_up: Callable[[], Experiment]) -> tuple[float, str | None]:
     """The largest excess over all outputs and gradients, and what went wrong, if anything."""
     try:
+        experiment = set_up()
         truth = _run(experiment.truth, experiment, torch.float64)
         theirs = _run(experiment.theirs, experiment, None)
         ours = _run(experiment.ours, experiment, None)
