@@ -9,12 +9,17 @@ NARROW = ("fusion", "places", "kernel", "calls")  # columns that are never wrapp
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table as text, at most `WIDTH` columns wide or as wide as the terminal; a cell may have several lines."""
+    """A table as text, at most `WIDTH` columns wide or as wide as the terminal; a cell may have several lines.
+
+    Without rows it is the title alone.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     rows = list(rows)
+    if not rows:
+        return f"{title}\n"
     several = any("\n" in cell for row in rows for cell in row)
     grid = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, leading=int(several)
