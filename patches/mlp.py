@@ -16,8 +16,8 @@ from torch import nn
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.gated_linear import ACTIVATIONS, KERNEL, gated_linear, reference
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
-from automodel_accel.patches.probe import all_close, cached, call, functional_copy, gradients, structure_key
-from automodel_accel.patches.retype import changed_by_accelerator, forward_replaced, has_hooks, retype
+from automodel_accel.patches.probe import all_close, call, functional_copy, gradients, recognise
+from automodel_accel.patches.retype import has_hooks, retype
 
 HIDDEN = 12  # in place of the hidden size; the inner size is the real one, which some modules hold in a number
 NEAR, EXACT = 1e-6, 1e-9  # in float64, of the largest element; a module that activates in float32 is only near
@@ -60,17 +60,9 @@ class MlpPatch:
         linears = _linears(module)
         if linears is None:
             return None
-        other = changed_by_accelerator(path, module)
-        if other is not None:
-            return other
-        found = cached(self._found, structure_key(module), lambda: _probe(module, linears))
-        if found is None:
-            return None
-        replaced = forward_replaced(path, module)
-        if replaced is not None:
-            return replaced
-        if isinstance(found, str):
-            return Refusal(path, found, "the original forward stays")
+        found = recognise(path, module, self._found, lambda: _probe(module, linears))
+        if not isinstance(found, MlpForm):
+            return found
         dtype = _activation_dtype(module)
         return Claim(self.fusion, (path,), found.label(), dtype, found, context.choices(KERNEL, dtype, found.inner))
 

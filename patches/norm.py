@@ -17,8 +17,8 @@ from torch import nn
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.rms_norm import KERNEL, ORDERS, reference, rms_norm
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
-from automodel_accel.patches.probe import all_close, cached, call, functional_copy, gradients, structure_key
-from automodel_accel.patches.retype import changed_by_accelerator, forward_replaced, retype
+from automodel_accel.patches.probe import all_close, call, functional_copy, gradients, recognise
+from automodel_accel.patches.retype import retype
 
 FIXED_EPS = (torch.finfo(torch.float32).eps, 0.0, 1e-5, 1e-6, 1e-8, 1e-12, 1e-3)
 WEIGHTLESS_SIZE = 48  # a norm without a weight takes any size; probe with this one
@@ -64,17 +64,9 @@ class NormPatch:
         """Recognise an RMS norm; refuse what normalises in another way; None for anything else."""
         if not _is_candidate(module):
             return None
-        other = changed_by_accelerator(path, module)
-        if other is not None:  # its kernels are not run, not even by a probe
-            return other if any(True for _ in module.parameters()) else None
-        found = cached(self._found, structure_key(module), lambda: _probe(module))
-        if found is None:
-            return None
-        replaced = forward_replaced(path, module)
-        if replaced is not None:
-            return replaced
-        if isinstance(found, str):
-            return Refusal(path, found, "the original forward stays")
+        found = recognise(path, module, self._found, lambda: _probe(module))
+        if not isinstance(found, NormForm):
+            return found
         weight = getattr(module, found.weight) if found.weight else None
         dtype = weight.dtype if weight is not None else torch.get_default_dtype()
         if not dtype.is_floating_point or dtype.itemsize < 2:

@@ -8,10 +8,15 @@ import copy
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+from automodel_accel.kernels.contract import Refusal
+from automodel_accel.patches.retype import changed_by_accelerator, forward_replaced
+
+Form = TypeVar("Form")
 
 # what code may raise when it is called with an input, or with missing tensors, that it was not written for
 PROBE_ERRORS = (
@@ -87,11 +92,25 @@ def structure_key(module: nn.Module) -> Hashable:
     return type(module), shapes, attributes, children
 
 
-def cached(cache: dict[Hashable, Any], key: Hashable, find: Callable[[], Any]) -> Any:
-    """`cache[key]`, found on the first use."""
-    if key not in cache:
-        cache[key] = find()
-    return cache[key]
+def recognise(
+    path: str, module: nn.Module, findings: dict[Hashable, Any], probe: Callable[[], Form | str | None]
+) -> Form | Refusal | None:
+    """What `probe` finds in a candidate: its form, the reason against it as a refusal, or None where it is no place at all.
+
+    The probe runs once for all modules of one structure; not at all where another accelerator's kernels would run in it.
+    """
+    other = changed_by_accelerator(path, module)
+    if other is not None:
+        return other if any(True for _ in module.parameters()) else None
+    key = structure_key(module)
+    if key not in findings:
+        findings[key] = probe()
+    found: Form | str | None = findings[key]
+    if found is None:
+        return None
+    if (replaced := forward_replaced(path, module)) is not None:
+        return replaced
+    return Refusal(path, found, "the original forward stays") if isinstance(found, str) else found
 
 
 def call(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor | None:
