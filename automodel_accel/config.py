@@ -11,8 +11,12 @@ class AccelConfig:
     """Which fusions to apply. Every fusion takes "auto" (or True), False, or the name of an implementation.
 
     Attributes:
-        norm: RMS norms: "auto", "triton", "torch", False.
-        mlp: Gated MLPs: "auto", "triton", "torch", False.
+        norm: Norms: "auto", "triton", "torch", False.
+        mlp: MLPs, gated and plain: "auto", "triton", "torch", False.
+        experts: Mixtures of experts: "auto", "triton", "torch", False.
+        rope: Rotary position embeddings: "auto", "triton", "torch", False.
+        attention: Attention: "auto", the name of a backend, False.
+        residual: Residual sum and norm in one kernel: "auto", "triton", "torch", False.
         loss: The loss without logits: "auto", "triton", "torch", False.
         strict: Turn an explicit request that is refused into a `RefusedError`. Without it the refusal is logged and reported.
 
@@ -22,6 +26,10 @@ class AccelConfig:
 
     norm: str | bool = AUTO
     mlp: str | bool = AUTO
+    experts: str | bool = AUTO
+    rope: str | bool = AUTO
+    attention: str | bool = AUTO
+    residual: str | bool = AUTO
     loss: str | bool = AUTO
     strict: bool = False
 

@@ -114,13 +114,13 @@ def _refused_requests(claims: list[Claim], wanted: str) -> Iterator[Refusal]:
 
 
 def _check_conflicts(claims: list[Claim]) -> None:
-    owners: dict[str, Claim] = {}
+    owners: dict[tuple[str, str], Claim] = {}
     for claim in claims:
         for path in claim.paths:
-            other = owners.setdefault(path, claim)
+            other = owners.setdefault((path, claim.part), claim)
             if other is not claim:
                 raise ValueError(
-                    f"{path or 'the model'} is claimed by {other.fusion} ({other.label}) and by {claim.fusion} "
+                    f"the {claim.part} of {path or 'the model'} is claimed by {other.fusion} ({other.label}) and by {claim.fusion} "
                     f"({claim.label}); switch one off: apply(model, {claim.fusion}=False)."
                 )
 

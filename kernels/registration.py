@@ -12,15 +12,17 @@ class Definition:
     """The host code of an operation, as plain functions.
 
     Attributes:
-        forward: (*inputs) -> tensors; the first output is the differentiable one, the others are kept for backward. Its
+        forward: (*inputs) -> tensors; the leading ones are differentiable, the others are kept for backward. Its
             annotations are the schema of the registered operation.
         backward: (...) -> one tensor per gradient, empty where a gradient is not needed. Annotated likewise.
         fake_forward: Shapes and dtypes of `forward`'s outputs.
         fake_backward: Shapes and dtypes of `backward`'s outputs.
         setup_context: (ctx, inputs, output): saves what the gradients need.
-        gradients: (ctx, grad_output, backward) -> one gradient or None per input; calls the `backward` it is given.
-        setup_context_eager, gradients_eager: The same two for the eager path, where they differ. There the outputs of `forward`
-            but the first are this one call's own: they may be kept on ctx, overwritten and handed out as gradients.
+        gradients: (ctx, grad_output, backward) -> one gradient or None per input; calls the `backward` it is given. With several
+            differentiable outputs, `grad_output` is a tuple of as many gradients, each a tensor or None.
+        differentiable: How many leading outputs of `forward` are differentiable.
+        setup_context_eager, gradients_eager: The same two for the eager path, where they differ. There the other outputs of
+            `forward` are this one call's own: they may be kept on ctx, overwritten and handed out as gradients.
     """
 
     forward: Callable[..., tuple[torch.Tensor, ...]]
@@ -28,11 +30,14 @@ class Definition:
     fake_forward: Callable[..., tuple[torch.Tensor, ...]]
     fake_backward: Callable[..., tuple[torch.Tensor, ...]]
     setup_context: Callable[[Any, tuple[Any, ...], tuple[torch.Tensor, ...]], None]
-    gradients: Callable[[Any, torch.Tensor, Callable[..., tuple[torch.Tensor, ...]]], tuple[Any, ...]]
+    gradients: Callable[[Any, Any, Callable[..., tuple[torch.Tensor, ...]]], tuple[Any, ...]]
+    differentiable: int = 1
     setup_context_eager: Callable[[Any, tuple[Any, ...], tuple[torch.Tensor, ...]], None] | None = None
-    gradients_eager: Callable[[Any, torch.Tensor, Callable[..., tuple[torch.Tensor, ...]]], tuple[Any, ...]] | None = (
-        None
-    )
+    gradients_eager: Callable[[Any, Any, Callable[..., tuple[torch.Tensor, ...]]], tuple[Any, ...]] | None = None
+
+    def incoming(self, grad_outputs: tuple[torch.Tensor | None, ...]) -> Any:
+        """What `gradients` takes as its `grad_output`."""
+        return grad_outputs[0] if self.differentiable == 1 else grad_outputs[: self.differentiable]
 
 
 def register(name: str, definition: Definition) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -47,8 +52,8 @@ def register(name: str, definition: Definition) -> Callable[..., tuple[torch.Ten
     backward_op = torch.library.custom_op(f"automodel_accel::{name}_backward", definition.backward, mutates_args=())
     backward_op.register_fake(definition.fake_backward)
 
-    def op_gradients(ctx: Any, grad_output: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-        return definition.gradients(ctx, grad_output, backward_op)
+    def op_gradients(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        return definition.gradients(ctx, definition.incoming(grad_outputs), backward_op)
 
     op.register_autograd(op_gradients, setup_context=definition.setup_context)
     eager = _autograd_function(name, definition)
@@ -70,18 +75,18 @@ def _autograd_function(name: str, definition: Definition) -> type[torch.autograd
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         save(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*output[definition.differentiable :])
         ctx.set_materialize_grads(False)
         ctx.inputs = len(inputs)
 
-    def backward(ctx: Any, grad_output: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-        if grad_output is None:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        if all(grad_output is None for grad_output in grad_outputs[: definition.differentiable]):
             return tuple([None] * ctx.inputs)
         if torch.is_grad_enabled():  # once_differentiable would cut the graph here, and autograd.grad never notices
             raise RuntimeError(
                 f"{name} cannot be differentiated twice: its gradient was asked for with create_graph=True."
             )
-        return gradients(ctx, grad_output, definition.backward)
+        return gradients(ctx, definition.incoming(grad_outputs), definition.backward)
 
     members = {"forward": staticmethod(forward), "setup_context": staticmethod(setup_context)}
     return type(name, (torch.autograd.Function,), {**members, "backward": staticmethod(backward)})

@@ -47,12 +47,13 @@ class Claim:
     """One place in a model that a patch can serve.
 
     Attributes:
-        fusion: Name of the patch: "norm", "mlp", "loss".
+        fusion: Name of the patch: "norm", "mlp", "loss"...
         paths: Dotted names of the modules that are re-typed.
         label: What was recognised, for people; places with an equal label share a row of the plan.
         dtype: Dtype of the place's parameters, in which it is proved.
         form: The recognised structure; with `dtype` the key under which places share one proof.
         choices: Device type -> chosen implementation and refusals.
+        part: What of these modules is taken; two claims on one part of a module are an error.
     """
 
     fusion: str
@@ -61,6 +62,7 @@ class Claim:
     dtype: torch.dtype
     form: Hashable
     choices: Mapping[str, Choice] = field(hash=False)
+    part: str = "forward"
 
     @property
     def proof_key(self) -> Hashable:

@@ -19,7 +19,10 @@ INSTANCE_STATE = "_accel_"  # prefix of attributes that a swapped forward may se
 
 
 def retype(module: nn.Module, methods: Mapping[str, Callable[..., Any]], owner: object) -> None:
-    """Give `module` a subclass of its class with these methods; `owner` (the report) can be found from it again."""
+    """Give `module` a subclass of its class with these methods; `owner` (the report) can be found from it again.
+
+    A module may be re-typed more than once: a later method wraps the `type(module).method` that it finds.
+    """
     base = type(module)
     members = {
         "__module__": base.__module__,
@@ -27,7 +30,7 @@ def retype(module: nn.Module, methods: Mapping[str, Callable[..., Any]], owner: 
         "__doc__": base.__doc__,
         "_accel_base": base,
         "_accel_owner": owner,
-        **_copying(base),
+        **_copying(original_class(module)),
         **methods,
     }
     module.__class__ = type(base.__name__, (base,), members)
@@ -39,9 +42,11 @@ def is_retyped(module: nn.Module) -> bool:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class before `retype`, or the class as it is."""
-    base: type[nn.Module] = vars(type(module)).get("_accel_base", type(module))
-    return base
+    """The class before any `retype`, or the class as it is."""
+    found: type[nn.Module] = type(module)
+    while "_accel_base" in vars(found):
+        found = vars(found)["_accel_base"]
+    return found
 
 
 def owner_of(module: nn.Module) -> Any:
@@ -50,7 +55,7 @@ def owner_of(module: nn.Module) -> Any:
 
 
 def restore(module: nn.Module) -> None:
-    """Give the module its original class back."""
+    """Give the module its original class back, however often it was re-typed."""
     if is_retyped(module):
         module.__class__ = original_class(module)
         for name in [name for name in vars(module) if name.startswith(INSTANCE_STATE)]:
@@ -96,9 +101,9 @@ def _package_of_forward(module: nn.Module) -> str:
     return (getattr(function, "__module__", None) or "").split(".")[0]
 
 
-def _copying(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+def _copying(original: type[nn.Module]) -> dict[str, Callable[..., Any]]:
     def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        reduced: Any = base.__reduce_ex__(self, 4)
+        reduced: Any = original.__reduce_ex__(self, 4)
         make, arguments, state = reduced[:3]
         clone: Any = make(*arguments)
         memo[id(self)] = clone
@@ -106,10 +111,10 @@ def _copying(base: type[nn.Module]) -> dict[str, Callable[..., Any]]:
         return clone  # type: ignore[no-any-return]
 
     def reduce_as_original(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        reduced: Any = base.__reduce_ex__(self, max(protocol, 2))
+        reduced: Any = original.__reduce_ex__(self, max(protocol, 2))
         state = reduced[2]
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if not name.startswith(INSTANCE_STATE)}
-        return object.__new__, (base,), state
+        return object.__new__, (original,), state
 
     return {"__deepcopy__": deepcopy, "__reduce_ex__": reduce_as_original}

@@ -37,7 +37,7 @@ def untouched(model: nn.Module) -> bool:
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown setting": (
         {"nrom": False},
-        "unknown setting 'nrom'. Did you mean 'norm'? Known: norm, mlp, loss, strict.",
+        "unknown setting 'nrom'. Did you mean 'norm'? Known: norm, mlp, experts, rope, attention, residual, loss, strict.",
     ),
     "unknown setting in a dict": ({"config": {"los": False}}, "unknown setting 'los'. Did you mean 'loss'?"),
     "unknown implementation": (
@@ -338,7 +338,7 @@ def test_two_claims_on_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     for function in (accel.plan, accel.apply):
         with pytest.raises(
-            ValueError, match=r"^model.layers.1.input_layernorm is claimed by norm \(rms_norm 32, weight"
+            ValueError, match=r"^the forward of model.layers.1.input_layernorm is claimed by norm \(rms_norm 32, weight"
         ) as raised:
             function(model)
         assert str(raised.value).endswith("and by mlp (a rival's norm); switch one off: apply(model, mlp=False).")

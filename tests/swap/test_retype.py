@@ -1,0 +1,51 @@
+"""A module that is re-typed more than once: the later forward wraps the earlier, and all of it comes off, copies and pickles too."""
+
+import copy
+import pickle
+from typing import Any
+
+import torch
+from torch import nn
+
+from automodel_accel.patches.retype import is_retyped, original_class, owner_of, restore, retype
+
+
+def _twice() -> nn.Linear:
+    linear = nn.Linear(2, 2)
+    for offset in (1.0, 10.0):
+        inner = type(linear).forward
+
+        def forward(self: nn.Module, x: torch.Tensor, inner: Any = inner, offset: float = offset) -> torch.Tensor:
+            return inner(self, x) + offset  # type: ignore[no-any-return]
+
+        retype(linear, {"forward": forward}, owner=offset)
+    return linear
+
+
+def test_the_later_forward_wraps_the_earlier() -> None:
+    linear, x = _twice(), torch.randn(3, 2)
+    assert torch.equal(linear(x), nn.Linear.forward(linear, x) + 1.0 + 10.0)
+    assert owner_of(linear) == 10.0
+    assert original_class(linear) is nn.Linear
+    assert type(linear).__name__ == "Linear"
+
+
+def test_restore_takes_all_off() -> None:
+    linear = _twice()
+    restore(linear)
+    assert type(linear) is nn.Linear
+    assert not is_retyped(linear)
+
+
+def test_a_deep_copy_keeps_both_and_is_restored_alone() -> None:
+    linear, x = _twice(), torch.randn(3, 2)
+    clone = copy.deepcopy(linear)
+    assert torch.equal(clone(x), linear(x))
+    restore(clone)
+    assert type(clone) is nn.Linear
+    assert is_retyped(linear)
+
+
+def test_a_pickle_holds_the_original_class() -> None:
+    loaded = pickle.loads(pickle.dumps(_twice()))
+    assert type(loaded) is nn.Linear
