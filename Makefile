@@ -1,17 +1,20 @@
 # make demo and make test set themselves up: all they need is make and Python >= 3.10 with its venv module.
 PYTHON ?= python3
+TRANSFORMERS ?=
 VENV ?= .venv
 ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+# another version of transformers lies beside the installed one
+OTHER := $(if $(TRANSFORMERS),build/transformers-$(TRANSFORMERS))
 # more threads than cores spin while they wait: several times slower on a shared machine
-test check bench gpu: export OMP_NUM_THREADS := 1
+test check day0 bench gpu: export OMP_NUM_THREADS := 1
 
-.PHONY: help demo test check lint fix bench gpu clean
+.PHONY: help demo test check day0 lint fix bench gpu clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.ready ## fine-tune a real model on real data, vanilla and accelerated (ARGS="--model ... --data ...")
 	$(BIN)/python examples/finetune.py $(ARGS)
@@ -21,6 +24,9 @@ test: lint ## lint, types and every test (ARGS="tests/ops" for some)
 
 check: lint ## before a commit: the same without the slow tests
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+day0: $(VENV)/test.ready $(OTHER) ## every architecture of transformers, and what changed (TRANSFORMERS=5.17.0 for another version)
+	PYTHONPATH=$(OTHER) $(BIN)/python -m tests.day0 $(ARGS)
 
 lint: $(VENV)/test.ready ## lint, format and types
 	$(BIN)/ruff check .
@@ -40,6 +46,9 @@ gpu: $(VENV)/test.ready ## the tests that need a GPU, and the benchmarks there
 
 clean: ## remove the virtual environment and what the tools left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage
+
+build/transformers-%: | $(VENV)/test.ready
+	$(PIP) --no-deps --target $@ transformers==$*
 
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

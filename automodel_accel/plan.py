@@ -11,15 +11,21 @@ from automodel_accel.config import AccelConfig
 from automodel_accel.kernels.contract import AUTO, Refusal, unknown_name
 from automodel_accel.kernels.facts import Facts
 from automodel_accel.patches.contract import Claim, Context, Patch
-from automodel_accel.patches.loss import LossPatch
-from automodel_accel.patches.mlp import MlpPatch
-from automodel_accel.patches.norm import NormPatch
 from automodel_accel.tables import grouped_places, table
 
 
 def all_patches() -> tuple[Patch, ...]:
     """Fresh patches: their caches of findings live as long as one plan."""
-    return NormPatch(), MlpPatch(), LossPatch()
+    # here, so that `import automodel_accel` registers no operation
+    from automodel_accel.patches.attention import AttentionPatch
+    from automodel_accel.patches.experts import ExpertsPatch
+    from automodel_accel.patches.loss import LossPatch
+    from automodel_accel.patches.mlp import MlpPatch
+    from automodel_accel.patches.norm import NormPatch
+    from automodel_accel.patches.residual import ResidualPatch
+    from automodel_accel.patches.rope import RopePatch
+
+    return NormPatch(), MlpPatch(), ExpertsPatch(), RopePatch(), AttentionPatch(), LossPatch(), ResidualPatch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,7 @@ def make_plan(model: nn.Module, config: AccelConfig, facts: Facts, patches: tupl
     """
     claims: list[Claim] = []
     refusals: list[tuple[str, Refusal]] = []
+    absent: list[str] = []
     devices = _devices(model, facts)
     for patch in patches:
         wanted = config.wanted(patch.fusion)
@@ -78,8 +85,11 @@ def make_plan(model: nn.Module, config: AccelConfig, facts: Facts, patches: tupl
         refusals += [(patch.fusion, refusal) for refusal in found if isinstance(refusal, Refusal)]
         refusals += [(patch.fusion, refusal) for refusal in _refused_requests(own, wanted)]
         if not found:
-            refusals.append((patch.fusion, Refusal("model", "has no such place", "nothing to do")))
+            absent.append(patch.fusion)
         claims += own
+    nothing = not claims and not refusals
+    missed = (fusion for fusion in absent if nothing or config.is_explicit(fusion))
+    refusals += [(fusion, Refusal("model", "has no such place", "nothing to do")) for fusion in missed]
     _check_conflicts(claims)
     return Plan(type(model).__name__, facts, config, tuple(claims), tuple(refusals))
 

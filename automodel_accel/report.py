@@ -36,7 +36,7 @@ class Report:
         return self.counts.materialised.total()
 
     def places(self, fusion: str) -> int:
-        """How many places of a fusion ("norm", "mlp", "loss") were swapped."""
+        """How many places of a fusion ("norm", "mlp", "loss"...) were swapped."""
         return sum(claim.fusion == fusion for claim in self.applied)
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Report:
 
     def _proof_text(self, claim: Claim) -> str:
         proof = self.proofs[claim.proof_key]
-        return f"proved for {len(proof.proven)} kinds of call, with {proof.excess:.0%} of the error allowed"
+        return f"{len(proof.proven)} calls proved, at {proof.excess:.0%} of the error allowed"
 
     def _count_rows(self) -> list[tuple[str, str]]:
         fused = [(f"{fusion}: by a kernel", str(number)) for fusion, number in self.counts.fused.items()]
@@ -62,11 +62,11 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         plan = self.plan.to_dict()
-        applied = {path for claim in self.applied for path in claim.paths}
+        applied = {(claim.fusion, claim.paths) for claim in self.applied}
         return {
             "model": self.plan.model,
             "device": plan["device"],
-            "applied": [claim for claim in plan["claims"] if claim["paths"][-1] in applied],
+            "applied": [claim for claim in plan["claims"] if (claim["fusion"], tuple(claim["paths"])) in applied],
             "refusals": [
                 {"fusion": fusion, "what": no.what, "reason": no.reason, "remedy": no.remedy}
                 for fusion, no in self.refusals

@@ -46,11 +46,13 @@ class Spec:
         device: Torch device type of the tensors, such as "cuda".
         dtype: Dtype of the activations.
         size: Length of the row that the kernel works on (hidden size, intermediate size or vocabulary).
+        features: What this call asks for beyond the plain operation, in the kernel's own words.
     """
 
     device: str
     dtype: torch.dtype
     size: int
+    features: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,7 @@ class Implementation:
         dtypes: Activation dtypes it computes.
         max_size: Longest row it takes; None for any.
         needs: Distribution name of a package that it needs, if any.
+        features: What it can do beyond the plain operation, in the kernel's own words.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Implementation:
     dtypes: frozenset[torch.dtype]
     max_size: int | None = None
     needs: str | None = None
+    features: frozenset[str] = frozenset()
 
     def objection(self, facts: Facts, spec: Spec) -> str | None:
         """The reason why this implementation cannot serve the spec on that machine, or None."""
@@ -84,6 +88,8 @@ class Implementation:
             return f"computes {_listed(map(str, self.dtypes))}; the tensors are {spec.dtype}"
         if self.max_size is not None and spec.size > self.max_size:
             return f"takes rows of at most {self.max_size} elements; these have {spec.size}"
+        if missing := spec.features - self.features:
+            return f"does not do {_listed(missing)}"
         return None
 
 

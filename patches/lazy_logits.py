@@ -5,75 +5,25 @@ tensor subclass, which torch.compile breaks on) that stands for
 
     dtype( after * tanh(scale * (hidden @ weight[:vocab].T + bias[:vocab])) )         without tanh: dtype( scale * (...) )
 
-Slices and views act on `hidden`; casts, scales and a soft-cap are recorded; `F.cross_entropy` on it runs the fused
+or for a sum of such products (see head_call.py): an adapter around the head runs its own forward, on lazy products. Slices and
+views act on `hidden`; casts, sums, scales and a soft-cap are recorded; `F.cross_entropy` on it runs the fused
 `linear_cross_entropy`. Anything else builds the real logits with their ordinary graph, and is counted.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils._pytree import tree_map
 
-from automodel_accel.patches.contract import Counts
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What was recorded between the head and the loss.
-
-    Attributes:
-        dtype: Dtype that the logits have by now.
-        computed_in: Dtype in which the head multiplies: autocast's where the head was called in its region.
-        vocab: Length of the prefix of the vocabulary that is left.
-        scale, tanh, after: See the module's docstring.
-    """
-
-    dtype: torch.dtype
-    computed_in: torch.dtype
-    vocab: int
-    scale: float = 1.0
-    tanh: bool = False
-    after: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class LossRequest:
-    """What the head is asked to compute in place of logits: arguments of `F.cross_entropy`, and the recipe."""
-
-    recipe: Recipe
-    target: torch.Tensor
-    ignore_index: int
-    reduction: str
-    label_smoothing: float
-
-
-class HeadCall:
-    """One call of the head, shared by the logits that stand for it and all that were made of them."""
-
-    def __init__(self, head: nn.Module, counts: Counts) -> None:
-        self.head, self.counts = head, counts
-        self.weight: Any = head.weight
-        self.version = None if torch.compiler.is_compiling() else self.weight._version
-        self.loss_taken = False
-
-    def logits(self, hidden: torch.Tensor, recipe: Recipe, why: str) -> torch.Tensor:
-        """The real logits, with their autograd graph; `why` is counted."""
-        self.counts.count(self.counts.materialised, why)
-        if self.version is not None and self.head.weight is self.weight and self.weight._version != self.version:
-            raise RuntimeError(
-                f"logits of a training step are built when they are read ({why}), but the output head has changed since that "
-                "step; read outputs.logits before optimizer.step(), or keep them always with apply(model, loss=False)."
-            )
-        return apply_recipe(call_head(self.head, hidden, MATERIALISE), recipe)
+from automodel_accel.patches.head_call import HeadCall, LossRequest, Recipe, call_head
 
 
 class LazyLogits:
-    """Stands for logits [..., vocab] of `hidden` [..., H]; see the module's docstring.
+    """Stands for logits [..., vocab] of `hiddens`: one [..., H] per summand of the call; see the module's docstring.
 
     A view of other lazy logits (`base`: those, and the method and arguments that made it) is built as a view of theirs, so
     that a write into one is seen in the other. `contiguous` says whether the real ones would be.
@@ -81,24 +31,28 @@ class LazyLogits:
 
     def __init__(
         self,
-        hidden: torch.Tensor,
+        hiddens: tuple[torch.Tensor, ...],
         call: HeadCall,
         recipe: Recipe,
         base: "tuple[LazyLogits, str, tuple[Any, ...]] | None" = None,
         contiguous: bool = True,
     ) -> None:
-        self._hidden, self._call, self._recipe, self._base, self._contiguous = hidden, call, recipe, base, contiguous
+        self._hiddens, self._call, self._recipe, self._base, self._contiguous = hiddens, call, recipe, base, contiguous
         self._own: torch.Tensor | None = None
 
-    def _with(self, hidden: torch.Tensor | None = None, **changes: Any) -> "LazyLogits":
+    def _with(self, hiddens: tuple[torch.Tensor, ...] | None = None, **changes: Any) -> "LazyLogits":
         recipe = replace(self._recipe, **changes) if changes else self._recipe
-        return LazyLogits(self._hidden if hidden is None else hidden, self._call, recipe)
+        return LazyLogits(self._hiddens if hiddens is None else hiddens, self._call, recipe)
 
     def _view(
-        self, hidden: torch.Tensor, name: str, arguments: tuple[Any, ...], contiguous: bool, vocab: int
+        self, hiddens: tuple[torch.Tensor, ...], name: str, arguments: tuple[Any, ...], contiguous: bool, vocab: int
     ) -> "LazyLogits":
         recipe = replace(self._recipe, vocab=vocab)
-        return LazyLogits(hidden, self._call, recipe, (self, name, arguments), contiguous)
+        return LazyLogits(hiddens, self._call, recipe, (self, name, arguments), contiguous)
+
+    @property
+    def _hidden(self) -> torch.Tensor:
+        return self._hiddens[0]
 
     @property
     def _real(self) -> torch.Tensor | None:
@@ -116,7 +70,7 @@ class LazyLogits:
             self._base[0].materialise(why)
             real = self._real
         if real is None:
-            real = self._own = self._call.logits(self._hidden, self._recipe, why)
+            real = self._own = self._call.logits(self._hiddens, self._recipe, why)
         return real
 
     # metadata, as a tensor has it
@@ -139,7 +93,10 @@ class LazyLogits:
 
     @property
     def requires_grad(self) -> bool:
-        return self._hidden.requires_grad or any(parameter.requires_grad for parameter in self._call.head.parameters())
+        linears = [summand.linear for summand in self._call.summands]
+        return any(x.requires_grad for x in self._hiddens) or any(
+            p.requires_grad for m in linears for p in m.parameters()
+        )
 
     @property
     def is_cuda(self) -> bool:
@@ -165,15 +122,56 @@ class LazyLogits:
 
     # recorded operations
 
+    @property
+    def _can_scale(self) -> bool:
+        return self._real is None and self._recipe.is_rounded
+
+    def add(self, other: Any, *, alpha: Any = 1) -> Any:
+        total = self._plus(other) if alpha == 1 else None
+        if total is None:
+            return torch.add(self.materialise("add"), real(other, "add"), alpha=alpha)
+        return total
+
+    def __add__(self, other: Any) -> Any:
+        total = self._plus(other)
+        return self.materialise("__add__") + real(other, "__add__") if total is None else total
+
+    __radd__ = __add__
+
+    def _plus(self, other: Any) -> "LazyLogits | None":
+        """The sum with other lazy logits (such as an adapter's), or with one vector for all rows; None for anything else."""
+        if not self._is_sum() or not isinstance(other, LazyLogits | torch.Tensor) or other.device != self.device:
+            return None
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        if isinstance(other, LazyLogits):
+            is_product = len(other._call.summands) == 1 and other._call.row is None and other._is_sum(scaled=True)
+            if not is_product or other.shape != self.shape:
+                return None
+            summand = replace(other._call.summands[0], factor=other._recipe.scale)
+            call = self._call.plus(summand, self.device)
+            recipe = replace(self._recipe, dtype=dtype, summed_in=dtype)
+            return None if call is None else LazyLogits((*self._hiddens, *other._hiddens), call, recipe)
+        is_row = other.dim() in range(1, self.dim() + 1) and other.shape[-1] == other.numel() == self._recipe.vocab
+        if not is_row or dtype != self._recipe.computed_in or not self._recipe.is_rounded:
+            return None
+        return LazyLogits(self._hiddens, self._call.plus_row(other.reshape(-1)), self._recipe)
+
+    def _is_sum(self, scaled: bool = False) -> bool:
+        """Whether this is what the head gave, or a sum with it, and nothing came after that but, if `scaled`, a factor."""
+        recipe = self._recipe
+        whole = recipe.vocab == self._call.summands[0].linear.out_features
+        uncast = recipe.dtype == (recipe.summed_in or recipe.computed_in)
+        return self._real is None and whole and uncast and not recipe.tanh and (scaled or recipe.scale == 1.0)
+
     def mul(self, other: Any) -> Any:
-        if self._real is not None or not _is_factor(other):
+        if not self._can_scale or not _is_factor(other):
             return self.materialise("mul") * real(other, "mul")
         if self._recipe.tanh:
             return self._with(after=self._recipe.after * other)
         return self._with(scale=self._recipe.scale * other)
 
     def div(self, other: Any, *, rounding_mode: str | None = None) -> Any:
-        if self._real is not None or not _is_factor(other) or rounding_mode is not None:
+        if not self._can_scale or not _is_factor(other) or rounding_mode is not None:
             return torch.div(self.materialise("div"), real(other, "div"), rounding_mode=rounding_mode)
         return self.mul(1.0 / other)
 
@@ -181,7 +179,7 @@ class LazyLogits:
     __truediv__ = true_divide = divide = div
 
     def tanh(self) -> Any:
-        if self._real is not None or self._recipe.tanh:
+        if not self._can_scale or self._recipe.tanh:
             return self.materialise("tanh").tanh()
         return self._with(tanh=True)
 
@@ -206,7 +204,13 @@ class LazyLogits:
         )
         if self._real is not None or moves or not (dtype is None or dtype.is_floating_point):
             return self.materialise("to").to(*args, **kwargs)
-        return self if dtype is None or dtype == self.dtype else self._with(dtype=dtype)
+        if dtype is None or dtype == self.dtype:
+            return self
+        if self._recipe.is_rounded:
+            return self._with(dtype=dtype)
+        if dtype != self._recipe.computed_in:
+            return self.materialise("to").to(*args, **kwargs)
+        return self._with(dtype=dtype, summed_in=dtype)
 
     def type(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and isinstance(args[0], torch.dtype):
@@ -226,8 +230,8 @@ class LazyLogits:
         sizes = _sizes(shape, named)
         if self._real is not None or not self._keeps_vocab(sizes):
             return self.materialise("view").view(*shape, **named)
-        hidden = self._hidden.reshape(*sizes[:-1], self._hidden.shape[-1])
-        return self._view(hidden, "view", sizes, self._contiguous, self._recipe.vocab)
+        hiddens = tuple(hidden.reshape(*sizes[:-1], hidden.shape[-1]) for hidden in self._hiddens)
+        return self._view(hiddens, "view", sizes, self._contiguous, self._recipe.vocab)
 
     def reshape(self, *shape: Any, **named: Any) -> Any:
         sizes = _sizes(shape, named)
@@ -269,11 +273,11 @@ class LazyLogits:
             vocab, leading = _prefix(parts[-1], self._recipe.vocab), parts[:-1]
         if vocab is None:
             return None
-        hidden = self._hidden[leading] if leading else self._hidden
+        hiddens = tuple(hidden[leading] for hidden in self._hiddens) if leading else self._hiddens
         if not all(isinstance(part, int | slice) for part in parts):
-            return self._with(hidden, vocab=vocab)  # a copy
+            return self._with(hiddens, vocab=vocab)  # a copy
         contiguous = self._contiguous and vocab == self._recipe.vocab and _keeps_rows_together(leading)
-        return self._view(hidden, "__getitem__", (index,), contiguous, vocab)
+        return self._view(hiddens, "__getitem__", (index,), contiguous, vocab)
 
     # the loss
 
@@ -283,10 +287,14 @@ class LazyLogits:
         ignore_index, smoothing = kwargs.pop("ignore_index", -100), kwargs.pop("label_smoothing", 0.0)
         classes = isinstance(target, torch.Tensor) and target.dim() == 1 and target.dtype == torch.long
         legacy = any(value is not None for value in kwargs.values())  # size_average, reduce
-        if self._real is not None or self.dim() != 2 or not classes or weight is not None or legacy:
+        if not self._can_scale or self.dim() != 2 or not classes or weight is not None or legacy:
             return None
-        request = LossRequest(self._recipe, target, ignore_index, reduction, smoothing)
-        loss: torch.Tensor = call_head(self._call.head, self._hidden, request)
+        head, *others = self._call.summands
+        if not all(summand.is_whole for summand in others):
+            return None
+        low_rank = tuple(zip(others, self._hiddens[1:], strict=True))
+        request = LossRequest(self._recipe, target, ignore_index, reduction, smoothing, low_rank, self._call.row)
+        loss: torch.Tensor = call_head(head.linear, self._hidden, request)
         self._call.loss_taken = True
         # autocast computes cross_entropy in float32; otherwise it has the dtype of the logits
         return loss.float() if torch.is_autocast_enabled(self.device.type) else loss.to(self.dtype)
@@ -315,8 +323,8 @@ class LazyLogits:
         name = function.__name__
         if args and isinstance(args[0], cls) and name in _RECORDED:
             return getattr(args[0], name)(*args[1:], **kwargs)
-        if name == "mul" and len(args) == 2 and isinstance(args[1], cls):
-            return args[1].mul(args[0])
+        if name in ("mul", "add") and len(args) == 2 and isinstance(args[1], cls) and not kwargs:
+            return getattr(args[1], name)(args[0])
         return function(*tree_map(lambda x: real(x, name), args), **tree_map(lambda x: real(x, name), kwargs))
 
     # what cannot be answered after the loss, as it had no logits to differentiate by
@@ -358,32 +366,6 @@ class LazyLogits:
 def real(value: Any, why: str) -> Any:
     """The value itself, or real logits for lazy ones."""
     return value.materialise(why) if isinstance(value, LazyLogits) else value
-
-
-def apply_recipe(logits: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """What was recorded, done to real logits [..., V]."""
-    if recipe.vocab != logits.shape[-1]:
-        logits = logits[..., : recipe.vocab]
-    if recipe.scale != 1.0:
-        logits = logits * recipe.scale
-    if recipe.tanh:
-        logits = torch.tanh(logits) * recipe.after
-    return logits.to(recipe.dtype)
-
-
-class _Materialise:
-    """Asks the head for real logits."""
-
-
-MATERIALISE = _Materialise()
-
-
-def call_head(head: nn.Module, hidden: torch.Tensor, request: LossRequest | _Materialise) -> Any:
-    """Ask the head. Through `__call__`, whose hooks gather the weight, only when the weight is not whole here: calling a module
-    of a grouped FSDP2 unit twice breaks the group's bookkeeping."""
-    weight: Any = head.weight
-    whole = type(weight) in (nn.Parameter, torch.Tensor) and weight.numel() > 0 and weight.device == hidden.device
-    return head.forward(hidden, request) if whole else head(hidden, request)
 
 
 def _dtype_and_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.dtype | None, torch.device | None]:
@@ -431,12 +413,10 @@ def _prefix(part: Any, vocab: int) -> int | None:
 
 
 _RECORDED = frozenset(
-    {"tanh", "mul", "div", "true_divide", "multiply", "divide", "flatten", "reshape", "clone", "detach"}
+    {"add", "tanh", "mul", "div", "true_divide", "multiply", "divide", "flatten", "reshape", "clone", "detach"}
 )
 
-_OPERATORS = (
-    "add sub radd rsub rtruediv floordiv rfloordiv mod rmod pow rpow neg pos abs matmul rmatmul ge gt le lt eq ne"
-)
+_OPERATORS = "sub rsub rtruediv floordiv rfloordiv mod rmod pow rpow neg pos abs matmul rmatmul ge gt le lt eq ne"
 _IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow"
 
 for _name in f"{_OPERATORS} {_IN_PLACE} bool float int".split():

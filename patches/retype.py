@@ -5,7 +5,7 @@ so config.json, FSDP wrapping policies and `_init_weights` see what they saw. A 
 its own. A pickle holds the original class, so that it loads where this package is not installed.
 """
 
-import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -101,20 +101,26 @@ def _package_of_forward(module: nn.Module) -> str:
     return (getattr(function, "__module__", None) or "").split(".")[0]
 
 
-def _copying(original: type[nn.Module]) -> dict[str, Callable[..., Any]]:
-    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        reduced: Any = original.__reduce_ex__(self, 4)
-        make, arguments, state = reduced[:3]
-        clone: Any = make(*arguments)
-        memo[id(self)] = clone
-        clone.__setstate__(copy.deepcopy(state, memo))
-        return clone  # type: ignore[no-any-return]
+class _New:
+    """Makes an instance of a re-typed class in this process, and of the original class where a pickle is loaded."""
 
-    def reduce_as_original(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+    def __init__(self, retyped: type[nn.Module], original: type[nn.Module]) -> None:
+        self.retyped, self.original = retyped, original
+
+    def __call__(self) -> nn.Module:
+        return object.__new__(self.retyped)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (object.__new__, self.original)
+
+
+def _copying(original: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    # no __deepcopy__: PEFT's wrappers answer every attribute of the model in them, and would be copied as that model
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         reduced: Any = original.__reduce_ex__(self, max(protocol, 2))
         state = reduced[2]
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if not name.startswith(INSTANCE_STATE)}
-        return object.__new__, (original,), state
+        return _New(type(self), original), (), state
 
-    return {"__deepcopy__": deepcopy, "__reduce_ex__": reduce_as_original}
+    return {"__reduce_ex__": reduce}

@@ -62,20 +62,20 @@ _CLASSES: dict[str, Any] = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2
 
 # causal model -> how many places of each fusion there are to swap
 CAUSAL: dict[str, dict[str, int]] = {
-    "llama": {"norm": 5, "mlp": 2, "loss": 1},
-    "mistral": {"norm": 5, "mlp": 2, "loss": 1},
-    "qwen3": {"norm": 9, "mlp": 2, "loss": 1},
-    "gemma3_text": {"norm": 13, "mlp": 2, "loss": 1},
-    "gemma2": {"norm": 9, "mlp": 2, "loss": 1},
-    "phi3": {"norm": 5, "mlp": 2, "loss": 1},
-    "gpt_neox": {"norm": 0, "mlp": 0, "loss": 1},
-    "cohere": {"norm": 0, "mlp": 2, "loss": 1},
-    "granite": {"norm": 5, "mlp": 2, "loss": 1},
+    "llama": {"norm": 5, "mlp": 2, "rope": 2, "loss": 1},
+    "mistral": {"norm": 5, "mlp": 2, "rope": 2, "loss": 1},
+    "qwen3": {"norm": 9, "mlp": 2, "rope": 2, "loss": 1},
+    "gemma3_text": {"norm": 13, "mlp": 2, "rope": 2, "loss": 1},
+    "gemma2": {"norm": 9, "mlp": 2, "rope": 2, "loss": 1},
+    "phi3": {"norm": 5, "mlp": 2, "rope": 2, "loss": 1},
+    "gpt_neox": {"norm": 5, "mlp": 2, "rope": 2, "loss": 1},
+    "cohere": {"norm": 3, "mlp": 2, "rope": 2, "loss": 1},
+    "granite": {"norm": 5, "mlp": 2, "rope": 2, "loss": 1},
 }
 OTHERS: dict[str, dict[str, int]] = {
-    "bert": {"norm": 0, "mlp": 0, "loss": 1},
+    "bert": {"norm": 6, "mlp": 0, "loss": 1},
     "t5": {"norm": 12, "mlp": 4, "loss": 1},
-    "bart": {"norm": 0, "mlp": 0, "loss": 1},
+    "bart": {"norm": 7, "mlp": 0, "loss": 1},
 }
 
 

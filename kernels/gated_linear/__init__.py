@@ -21,7 +21,7 @@ from automodel_accel.kernels.gated_linear import reference
 from automodel_accel.kernels.launch import rows
 from automodel_accel.kernels.registration import Definition, register
 
-ACTIVATIONS = tuple(reference.ACTIVATIONS)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 LAYOUTS = reference.LAYOUTS
 
 KERNEL = Kernel(
@@ -83,15 +83,15 @@ def _module(gate: torch.Tensor, implementation: str) -> Any:
 
 def _forward(
     gate: torch.Tensor, up: torch.Tensor | None, activation: str, layout: str, implementation: str
-) -> tuple[torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     y_NF = _module(gate, implementation).forward(*_gate_and_up(gate, up, layout), activation)
-    return (y_NF.view(_out_shape(gate, up)),)
+    return y_NF.view(_out_shape(gate, up)), gate.new_empty(0)  # torch.library mistakes a tuple of one for a tensor
 
 
 def _fake_forward(
     gate: torch.Tensor, up: torch.Tensor | None, activation: str, layout: str, implementation: str
-) -> tuple[torch.Tensor]:
-    return (gate.new_empty(_out_shape(gate, up)),)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return gate.new_empty(_out_shape(gate, up)), gate.new_empty(0)
 
 
 def _backward(

@@ -10,31 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from automodel_accel.kernels.activation.fused import activate
+
 BLOCK = 1024
 WARPS = 4
-
-
-@triton.jit
-def sigmoid_and_slope(z):
-    """sigmoid(z) and its derivative sigmoid(z) (1 - sigmoid(z)), without the cancellation in 1 - sigmoid(z)."""
-    small = tl.exp(-tl.abs(z))
-    inverse = 1.0 / (1.0 + small)
-    return tl.where(z >= 0, inverse, small * inverse), small * inverse * inverse
-
-
-@triton.jit
-def activate(gate, ACTIVATION: tl.constexpr):
-    """activation(gate) and its derivative; the compiler drops what is not used."""
-    if ACTIVATION == "silu":
-        share, share_slope = sigmoid_and_slope(gate)
-    elif ACTIVATION == "gelu":
-        share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))  # 1 / sqrt(2)
-        share_slope = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)  # 1 / sqrt(2 pi)
-    else:
-        # (1 + tanh(z)) / 2 = sigmoid(2 z), with z = sqrt(2 / pi) (gate + 0.044715 gate^3)
-        share, slope_2z = sigmoid_and_slope(1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))
-        share_slope = slope_2z * 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
-    return gate * share, share + gate * share_slope
 
 
 @triton.jit

@@ -1,15 +1,9 @@
 """The definition of `gated_linear`, in plain differentiable PyTorch."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from types import MappingProxyType
-
 import torch
-import torch.nn.functional as F
 
-ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
-    {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
-)
+from automodel_accel.kernels.activation.reference import ACTIVATIONS
+
 LAYOUTS = ("gate_up", "up_gate")
 
 

@@ -15,9 +15,13 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     num_items: float | torch.Tensor | None = None,
+    lora_x: torch.Tensor | None = None,
+    lora_b: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Output head and cross entropy in float32; see `automodel_accel.kernels.linear_cross_entropy.linear_cross_entropy`."""
     logits = F.linear(hidden, weight, bias)
+    if lora_x is not None and lora_b is not None:
+        logits = (logits + F.linear(lora_x, lora_b)).to(logits.dtype)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)

@@ -9,6 +9,9 @@ Models differ in where they round to the activation dtype, and a kernel must rou
 once (Gemma, with offset=1; torch.nn.RMSNorm). Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 
 Saved for backward: x and one float per row. Floor: 2 passes over x forward, 3 backward; about 5 N H and 11 N H FLOPs.
+
+add_rms_norm: the norm of a residual sum, h = residual + scale * x and y = rms_norm(h). With dh the gradient that h receives
+from elsewhere, dresidual = dh + (dx of the norm at h) and dx = scale * dresidual. Floor: 4 passes forward, 4 backward.
 """
 
 from typing import Any
@@ -28,6 +31,15 @@ KERNEL = Kernel(
     implementations=(
         in_triton("automodel_accel.kernels.rms_norm.fused", max_size=65536),
         in_torch("automodel_accel.kernels.rms_norm.eager"),
+    ),
+)
+
+ADD_KERNEL = Kernel(
+    name="add_rms_norm",
+    reference=reference.add_rms_norm,  # type: ignore[arg-type]  # two outputs
+    implementations=(
+        in_triton("automodel_accel.kernels.rms_norm.add_fused", max_size=65536),
+        in_torch("automodel_accel.kernels.rms_norm.add_eager"),
     ),
 )
 
@@ -57,13 +69,55 @@ def rms_norm(
     Raises:
         ValueError: the weight's shape does not fit, the order is unknown, or the implementation cannot serve the call.
     """
+    _check(x, weight, order)
+    return _call(x, weight, eps, offset, order, implementation)[0]
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    order: str = "cast_then_mul",
+    scale: float = 1.0,
+    implementation: str = AUTO,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add `x` to the residual and normalise the sum, in one pass.
+
+    Args:
+        x: [..., H], the output of a branch; dtypes as for `rms_norm`.
+        residual: The same shape, in x's dtype or another.
+        weight: [H] or None, as for `rms_norm`.
+        eps: Added to the mean square.
+        offset: Added to the weight.
+        order: "cast_then_mul" or "mul_then_cast".
+        scale: Times x; where it is not 1, the product is rounded to x's dtype, as in torch.
+        implementation: "auto", "triton" or "torch".
+
+    Returns:
+        (y, h), both [..., H]: h = residual + scale * x in the dtype that torch would give the sum, and y = rms_norm(h).
+
+    Raises:
+        ValueError: shapes do not fit, the order is unknown, or the implementation cannot serve the call.
+    """
+    if x.shape != residual.shape:
+        raise ValueError(
+            f"add_rms_norm: x has shape {tuple(x.shape)}, residual {tuple(residual.shape)}; expected the same."
+        )
+    _check(x, weight, order)
+    y, h, _ = _call_add(x, residual, weight, eps, offset, order, scale, implementation)
+    return y, h
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor | None, order: str) -> None:
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(
             f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},) for x {tuple(x.shape)}."
         )
     if order not in ORDERS:
         raise ValueError(f"rms_norm: order {order!r} is unknown; expected one of {ORDERS}.")
-    return _call(x, weight, eps, offset, order, implementation)[0]
 
 
 def _out_dtype(x: torch.Tensor, weight: torch.Tensor | None, order: str) -> torch.dtype:
@@ -127,6 +181,111 @@ def _gradients(ctx: Any, grad_output: torch.Tensor, backward: Any) -> tuple[Any,
     return grad_x, grad_weight if needs_grad_weight else None, None, None, None, None
 
 
+def _sum_dtype(x: torch.Tensor, residual: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, residual.dtype)
+
+
+def _add_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    order: str,
+    scale: float,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dtype = _sum_dtype(x, residual)
+    module = implementation_module(ADD_KERNEL, x.device.type, dtype, x.shape[-1], implementation)
+    out_dtype = _out_dtype(x.new_empty(0, dtype=dtype), weight, order)
+    y_NH, h_NH, rstd_N = module.forward(rows(x), rows(residual), weight, eps, offset, order, scale, out_dtype)
+    return y_NH.view(x.shape), h_NH.view(x.shape), rstd_N
+
+
+def _add_fake_forward(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    order: str,
+    scale: float,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    h = x.new_empty(x.shape, dtype=_sum_dtype(x, residual))
+    y, rstd = _fake_forward(h, weight, eps, offset, order, implementation)
+    return y, h, rstd
+
+
+def _add_backward(
+    grad_y: torch.Tensor,
+    grad_h: torch.Tensor | None,
+    h: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    order: str,
+    scale: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    implementation: str,
+    needs_grad_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    module = implementation_module(ADD_KERNEL, h.device.type, h.dtype, h.shape[-1], implementation)
+    grad_h_NH = None if grad_h is None else rows(grad_h)
+    options = (offset, order, scale, (x_dtype, residual_dtype), needs_grad_weight)
+    grad_residual, grad_x, grad_weight = module.backward(rows(grad_y), grad_h_NH, rows(h), weight, rstd, *options)
+    return (
+        grad_residual.view(h.shape),
+        h.new_empty(0) if grad_x is None else grad_x.view(h.shape),
+        h.new_empty(0) if grad_weight is None else grad_weight,
+    )
+
+
+def _add_fake_backward(
+    grad_y: torch.Tensor,
+    grad_h: torch.Tensor | None,
+    h: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    offset: float,
+    order: str,
+    scale: float,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    implementation: str,
+    needs_grad_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    apart = scale != 1.0 or x_dtype != residual_dtype
+    return (
+        h.new_empty(h.shape, dtype=residual_dtype),
+        h.new_empty(h.shape, dtype=x_dtype) if apart else h.new_empty(0),
+        torch.empty_like(weight) if needs_grad_weight and weight is not None else h.new_empty(0),
+    )
+
+
+def _add_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, residual, weight, _, ctx.offset, ctx.order, ctx.scale, ctx.implementation = inputs
+    ctx.dtypes = x.dtype, residual.dtype
+    ctx.save_for_backward(output[1], weight, output[2])
+    ctx.set_materialize_grads(False)  # an unused norm's weight has no gradient, compiled as well
+
+
+def _add_gradients(ctx: Any, grad_outputs: tuple[torch.Tensor | None, ...], backward: Any) -> tuple[Any, ...]:
+    grad_y, grad_h = grad_outputs
+    apart = ctx.scale != 1.0 or ctx.dtypes[0] != ctx.dtypes[1]
+    grad_x = grad_residual = grad_weight = None
+    if grad_y is not None:
+        h, weight, rstd = ctx.saved_tensors
+        needs_grad_weight = weight is not None and ctx.needs_input_grad[2]
+        options = (ctx.offset, ctx.order, ctx.scale, *ctx.dtypes, ctx.implementation, needs_grad_weight)
+        grad_residual, grad_x, grad_weight = backward(grad_y, grad_h, h, weight, rstd, *options)
+        grad_weight = grad_weight if needs_grad_weight else None
+    elif grad_h is not None:
+        grad_residual, grad_x = grad_h.to(ctx.dtypes[1]), (grad_h * ctx.scale).to(ctx.dtypes[0]) if apart else None
+    return grad_x if apart else grad_residual, grad_residual, grad_weight, None, None, None, None, None
+
+
 _call = register(
     "rms_norm",
     Definition(
@@ -136,5 +295,18 @@ _call = register(
         fake_backward=_fake_backward,
         setup_context=_setup_context,
         gradients=_gradients,
+    ),
+)
+
+_call_add = register(
+    "add_rms_norm",
+    Definition(
+        forward=_add_forward,
+        backward=_add_backward,
+        fake_forward=_add_fake_forward,
+        fake_backward=_add_fake_backward,
+        setup_context=_add_setup_context,
+        gradients=_add_gradients,
+        differentiable=2,
     ),
 )

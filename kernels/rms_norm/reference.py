@@ -1,4 +1,4 @@
-"""The definition of `rms_norm`, in plain differentiable PyTorch."""
+"""The definitions of `rms_norm` and `add_rms_norm`, in plain differentiable PyTorch."""
 
 import torch
 
@@ -19,3 +19,17 @@ def rms_norm(
     if order == "cast_then_mul":
         return (weight + offset if offset else weight) * normed.to(x.dtype)
     return (normed * (weight.to(compute_dtype) + offset)).to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    offset: float = 0.0,
+    order: str = "cast_then_mul",
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, h): the residual sum h, rounded where the model rounds, and its norm."""
+    h = residual + (x if scale == 1.0 else x * scale)
+    return rms_norm(h, weight, eps, offset, order), h

@@ -54,8 +54,11 @@ def test_fits_the_terminal(llama: str, columns: int, monkeypatch: pytest.MonkeyP
 def test_json_has_every_place_in_the_dtype_of_the_config(llama: str) -> None:
     found = json.loads(run(llama, "--json").stdout)
     assert found["model"] == "LlamaForCausalLM"
-    assert sorted(claim["fusion"] for claim in found["claims"]) == ["loss", "mlp", "mlp", *["norm"] * 5]
-    assert {claim["dtype"] for claim in found["claims"]} == {"torch.bfloat16"}
+    assert sorted(claim["fusion"] for claim in found["claims"]) == sorted(
+        ["loss", *["mlp", "rope", "residual"] * 2, *["attention"] * 3, *["norm"] * 5]
+    )
+    of_parameters = [claim for claim in found["claims"] if "masks" not in claim["recognised_as"]]
+    assert {claim["dtype"] for claim in of_parameters} == {"torch.bfloat16"}
 
 
 def test_a_config_file_is_as_good_as_its_folder(folder: Path) -> None:
@@ -63,7 +66,8 @@ def test_a_config_file_is_as_good_as_its_folder(folder: Path) -> None:
 
 
 def test_settings_are_those_of_accel_config(llama: str) -> None:
-    found = json.loads(run(llama, "--json", "--set", "norm=False", "--set", "mlp=torch").stdout)
+    off = [word for name in ("norm", "rope", "attention", "residual") for word in ("--set", f"{name}=False")]
+    found = json.loads(run(llama, "--json", *off, "--set", "mlp=torch").stdout)
     assert {claim["fusion"] for claim in found["claims"]} == {"mlp", "loss"}
 
 

@@ -107,8 +107,21 @@ LINEAR_CROSS_ENTROPY = [
     *map(_scale, DTYPES),
 ]
 
+from tests.ops.aot_cases_activation import ACTIVATION
+from tests.ops.aot_cases_add_rms_norm import ADD_RMS_NORM
+from tests.ops.aot_cases_experts import EXPERTS_CASES
+from tests.ops.aot_cases_gated_norm import GATED_NORM
+from tests.ops.aot_cases_layer_norm import LAYER_NORM
+from tests.ops.aot_cases_rope import ROPE
+
 CASES: dict[str, list[AotCase]] = {
+    "activation": ACTIVATION,
+    "experts": EXPERTS_CASES,
     "rms_norm": RMS_NORM,
+    "add_rms_norm": ADD_RMS_NORM,
     "gated_linear": GATED_LINEAR,
+    "gated_norm": GATED_NORM,
+    "layer_norm": LAYER_NORM,
     "linear_cross_entropy": LINEAR_CROSS_ENTROPY,
+    "rope": ROPE,
 }

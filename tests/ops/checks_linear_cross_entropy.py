@@ -26,13 +26,18 @@ def operation(
     implementation: str,
     vocab: int = VOCAB,
     bias: bool = True,
+    rank: int = 0,
+    wide: bool = False,
     ignored: float = 0.25,
     tested: ModuleType = package,
     workspace_bytes: int | None = None,
     valid_rows: int | None = None,
     **options: Any,
 ) -> checks.Operation:
-    """linear_cross_entropy of (hidden [..., H], weight, bias, target), with all else fixed."""
+    """linear_cross_entropy of (hidden [..., H], weight, bias, target), with all else fixed; of (..., lora_x, lora_b) with a rank.
+
+    With `wide`, these two are float32 whatever the others are.
+    """
     ignore_index = options.get("ignore_index", IGNORED)
 
     def inputs(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> checks.Tensors:
@@ -42,18 +47,23 @@ def operation(
         dropped = torch.rand(target.shape, generator=generator) < ignored
         dropped[:1] = False  # a mean over no target has a test of its own
         target = target.masked_fill(dropped, ignore_index)
-        return hidden, weight, checks.normal(generator, (vocab,), dtype) if bias else None, target
+        head = hidden, weight, checks.normal(generator, (vocab,), dtype) if bias else None, target
+        if not rank:
+            return head
+        kind = torch.promote_types(dtype, torch.float32) if wide else dtype
+        lora_x = checks.normal(generator, (target.shape[0], rank), kind)
+        return *head, lora_x, checks.normal(generator, (vocab, rank), kind) * rank**-0.5
 
-    def ours(hidden: torch.Tensor, weight: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor) -> torch.Tensor:
+    def ours(hidden: Any, weight: Any, b: Any, target: Any, *low_rank: Any) -> torch.Tensor:
         own = {"workspace_bytes": workspace_bytes, "valid_rows": valid_rows, "implementation": implementation}
+        own |= dict(zip(("lora_x", "lora_b"), low_rank))
         loss = tested.linear_cross_entropy(hidden.flatten(0, -2), weight, target, bias=b, **own, **options)
         assert isinstance(loss, torch.Tensor)
         return loss
 
-    def theirs(
-        hidden: torch.Tensor, weight: torch.Tensor, b: torch.Tensor | None, target: torch.Tensor
-    ) -> torch.Tensor:
-        return package.reference.linear_cross_entropy(hidden.flatten(0, -2), weight, target, b, **options)
+    def theirs(hidden: Any, weight: Any, b: Any, target: Any, *low_rank: Any) -> torch.Tensor:
+        more = dict(zip(("lora_x", "lora_b"), low_rank))
+        return package.reference.linear_cross_entropy(hidden.flatten(0, -2), weight, target, b, **more, **options)
 
     return checks.Operation(ours=ours, theirs=theirs, inputs=inputs)
 
@@ -74,7 +84,7 @@ def check_in_orders(one: checks.Operation, shape: tuple[int, int], draws: int = 
     judged = []
     for seed in range(draws):
         inputs = one.draw(shape, torch.float32, seed)
-        hidden, weight, bias, target = inputs
+        hidden, weight, bias, target, *low_rank = inputs
         assert hidden is not None
         assert weight is not None
         assert target is not None
@@ -86,12 +96,14 @@ def check_in_orders(one: checks.Operation, shape: tuple[int, int], draws: int = 
             if classes.numel() > CLASS:  # keeps its number
                 classes[classes == CLASS], classes[CLASS] = classes[CLASS].item(), CLASS
             renamed = torch.where(target < 0, target, classes.argsort()[target.clamp(min=0)])
-            problem = (hidden[tokens], weight[classes], None if bias is None else bias[classes], renamed[tokens])
+            places = (tokens, classes, classes, tokens, tokens, classes)
+            given = (hidden, weight, bias, renamed, *low_rank)
+            problem = tuple(None if x is None else x[place] for x, place in zip(given, places))
             vector = grad_output.dim() > 0
             upstream = grad_output[tokens] if vector else grad_output
             theirs = checks.differentiate(one.theirs, problem, checks.floating(inputs), upstream)
-            places = [tokens if vector else None, tokens, classes, classes]
-            judged.append([x._replace(theirs=_put_back(y, place)) for x, y, place in zip(results, theirs, places)])
+            where = [tokens if vector else None, *(places[i] for i in checks.floating(inputs))]
+            judged.append([x._replace(theirs=_put_back(y, place)) for x, y, place in zip(results, theirs, where)])
     checks.judge_results(judged)
 
 
@@ -118,6 +130,18 @@ OPTIONS: Mapping[str, Options] = {
     "two rows a chunk": {"workspace_bytes": TWO_ROWS, **EVERYTHING},
     "a bound": {"valid_rows": 8, "ignored": 0.75},
     "a bound, two rows a chunk": {"valid_rows": 8, "ignored": 0.75, "workspace_bytes": TWO_ROWS, "reduction": "sum"},
+}
+
+
+# the head of a LoRA adapter: each property of the loop over chunks, and parts of a chunk in a wider dtype
+LOW_RANK: Mapping[str, Options] = {
+    "mean": {"rank": 3},
+    "none, no bias": {"rank": 5, "bias": False, "reduction": "none"},
+    "everything": {"rank": 3, **EVERYTHING},
+    "two rows a chunk": {"rank": 4, "workspace_bytes": TWO_ROWS, "softcap": 2.0},
+    "wide": {"rank": 4, "wide": True},
+    "wide, four rows a chunk": {"rank": 3, "wide": True, "workspace_bytes": 2 * TWO_ROWS, "label_smoothing": 0.1},
+    "wide, everything": {"rank": 3, "wide": True, "workspace_bytes": TWO_ROWS, **EVERYTHING},
 }
 
 
@@ -274,6 +298,64 @@ def check_autocast(implementation: str, tested: ModuleType = package) -> None:
     assert all(map(torch.equal, inside, _loss_and_gradients(implementation, tested)))
 
 
+def check_low_rank_values(implementation: str, tested: ModuleType = package) -> None:
+    """In bfloat16. The sum of two products is rounded at other places than in torch: luck takes many draws to even out."""
+    for options in LOW_RANK.values():
+        checks.check_shape(operation(implementation, tested=tested, **options), torch.bfloat16, (9, 16), draws=64)
+
+
+def check_low_rank_details(implementation: str, tested: ModuleType = package) -> None:
+    """Frozen inputs change no bit; nothing of an ignored row arrives; no row gives zeros; a rank of zero adds nothing."""
+    for wide in (False, True):
+        one = operation(implementation, rank=3, wide=wide, workspace_bytes=TWO_ROWS, tested=tested)
+        hidden, weight, bias, target, lora_x, lora_b = inputs = one.draw((9, 16), torch.bfloat16)
+        assert target is not None
+        assert lora_x is not None
+        assert lora_b is not None
+        positions = checks.floating(inputs)
+        whole = dict(zip(positions, checks.differentiate(one.ours, inputs, positions)[1:], strict=True))
+        for wanted in ((0, 4, 5), (4,), (5,), (0,), (1, 2)):
+            _, *some = checks.differentiate(one.ours, inputs, wanted)
+            assert all(torch.equal(grad, whole[i]) for grad, i in zip(some, wanted, strict=True)), wanted
+        ignored = (target == IGNORED)[:, None]
+        if checks.DEVICE == "cpu":  # a GPU drops rows only where it knows how many
+            counting = int((~ignored).sum())
+            bound = operation(
+                implementation, rank=3, wide=wide, valid_rows=counting, workspace_bytes=TWO_ROWS, tested=tested
+            )
+            assert all(map(torch.equal, checks.differentiate(bound.ours, inputs, positions)[1:], whole.values()))
+        poisoned = lora_x.masked_fill(ignored, float("nan") if checks.DEVICE == "cpu" else 1e4)
+        _, *grads = checks.differentiate(one.ours, (hidden, weight, bias, target, poisoned, lora_b), positions)
+        assert all(map(torch.equal, grads, whole.values()))
+        assert not whole[4][ignored[:, 0]].any()
+        _, *grads = checks.differentiate(one.ours, (*inputs[:3], target.fill_(IGNORED), *inputs[4:]), positions)
+        assert not any(grad.any() for grad in grads)
+
+
+def check_low_rank_memory(implementation: str, tested: ModuleType = package) -> None:
+    """A frozen head has no gradient's memory, whatever its adapter needs; an adapter in float32 widens parts of a chunk."""
+    rows, hidden_size, vocab, chunk_rows = 64, 48, 512, 8
+    for frozen, reduction, dtype in itertools.product((True, False), ("mean", "none"), (torch.float32, torch.bfloat16)):
+        chunk, grad_weight = dtype.itemsize * chunk_rows * vocab, dtype.itemsize * vocab * hidden_size
+        options: Options = {"reduction": reduction, "ignored": 0.0, "workspace_bytes": chunk, "bias": False}
+        one = operation(implementation, vocab, rank=2, wide=True, tested=tested, **options)
+        hidden, weight, _, target, lora_x, lora_b = one.draw((rows, hidden_size), dtype)
+        for x in (hidden, lora_x, lora_b, None if frozen else weight):
+            if x is not None:
+                x.requires_grad_()
+        with Allocations() as allocations:
+            loss = one.ours(hidden, weight, None, target, lora_x, lora_b)
+            loss.backward(torch.ones_like(loss))  # type: ignore[no-untyped-call]
+        large = sorted((size for size in allocations.sizes if size >= chunk), reverse=True)
+        chunks = 2 if reduction == "none" else 1  # for "none", backward has one of its own
+        if dtype == torch.float32:
+            assert large == [grad_weight] * (not frozen) + [chunk] * chunks, (frozen, reduction, large)
+        else:  # the implementation itself widens what it works on
+            assert [size for size in large if size > 2 * chunk] == [grad_weight] * (not frozen), (frozen, reduction)
+            parts = chunks * (rows // chunk_rows) * (chunk_rows // 2)
+            assert sum(size == chunk // 2 for size in allocations.sizes) >= parts
+
+
 def check_package(implementation: str, tested: ModuleType) -> None:
     """What a mutant must not survive: every branch and every property, once."""
     for dtype, (softcap, smoothing) in zip((torch.bfloat16, torch.float32) * 2, FORMS, strict=True):
@@ -295,3 +377,6 @@ def check_package(implementation: str, tested: ModuleType) -> None:
     check_memory("torch", tested)
     for exact in EXACT:
         exact(operation(implementation, tested=tested), torch.float32)
+    if implementation == "torch":
+        for check in (check_low_rank_values, check_low_rank_details, check_low_rank_memory):
+            check(implementation, tested)

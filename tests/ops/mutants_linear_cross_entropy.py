@@ -5,6 +5,7 @@ from tests.ops.mutation import Mutant
 FUSED = "linear_cross_entropy/fused.py"
 EAGER = "linear_cross_entropy/eager.py"
 HOST = "linear_cross_entropy/__init__.py"
+CHUNKS = "linear_cross_entropy/chunks.py"
 
 KERNEL = (
     Mutant(FUSED, "lane_sum * shrunk + 1.0", "lane_sum + 1.0", "a new maximum does not shrink the sum"),
@@ -104,21 +105,45 @@ ROWS = (
 )
 
 LOOP = (
-    Mutant(HOST, "if wanted[1] and start == 0:", "if wanted[1]:", "each chunk overwrites the weight's gradient"),
+    Mutant(CHUNKS, "    if first:\n", "    if True:\n", "each chunk overwrites the weight's gradient"),
     Mutant(
-        HOST,
-        "grad_bias_wide.add_(z_CV.sum(0))",
-        "grad_bias_wide.copy_(z_CV.sum(0))",
+        CHUNKS,
+        "self.bias_wide.add_(z_CV.sum(0))",
+        "self.bias_wide.copy_(z_CV.sum(0))",
         "each chunk overwrites the bias's gradient",
     ),
     Mutant(
-        HOST,
+        CHUNKS,
         "row_weight_N[rows], *options",
         "row_weight_N[: target_C.shape[0]], *options",
         "weights of the first chunk for all",
     ),
-    Mutant(HOST, "    grad_hidden_NH.zero_()\n", "", "ignored rows not initialised"),
-    Mutant(HOST, "        grad_weight_VH.zero_()\n", "        pass\n", "no row: the weight's gradient not initialised"),
+    Mutant(CHUNKS, "            of_rows.zero_()", "            pass", "ignored rows not initialised"),
+    Mutant(
+        CHUNKS,
+        "            self.weight_VH.zero_()\n",
+        "            pass\n",
+        "no row: the weight's gradient not initialised",
+    ),
+    Mutant(
+        CHUNKS,
+        "ignored_N.to(torch.uint8), stable=True",
+        "(~ignored_N).to(torch.uint8), stable=True",
+        "ignored tokens first",
+    ),
+    Mutant(
+        CHUNKS,
+        "count = (target != options.ignore_index).sum()",
+        "count = (target >= 0).sum()",
+        "a class that is ignored counts",
+    ),
+    Mutant(CHUNKS, "    elif num_items is None:\n", "    elif True:\n", "num_items ignored"),
+    Mutant(
+        CHUNKS,
+        "torch.addmm(tensors.bias, hidden_CH, weight_HV, out=z_CV)",
+        "z_CV.copy_(torch.addmm(tensors.bias, hidden_CH, weight_HV))",
+        "rounded by autocast",
+    ),
     Mutant(
         HOST,
         "    if options.ready_in_forward(hidden.dtype):\n        _scale",
@@ -143,27 +168,64 @@ LOOP = (
         "once = grad_output",
         "second backward scaled twice",
     ),
-    Mutant(HOST, "(torch.ones_like(divisor) / divisor)", "torch.ones_like(divisor)", "gradient of a mean not divided"),
-    Mutant(HOST, "    return loss / divisor, grads", "    return loss, grads", "mean not divided"),
-    Mutant(HOST, "    elif num_items is None:\n", "    elif True:\n", "num_items ignored"),
+    Mutant(HOST, "(torch.ones_like(number) / number)", "torch.ones_like(number)", "gradient of a mean not divided"),
+    Mutant(HOST, "    return loss / number, *grads", "    return loss, *grads", "mean not divided"),
+)
+
+LOW_RANK = (
+    Mutant(CHUNKS, "        wide.addmm_(lora_x_CR[part], lora_b_RV)\n", "", "the adapter forgotten"),
     Mutant(
-        HOST,
-        "ignored_N.to(torch.uint8), stable=True",
-        "(~ignored_N).to(torch.uint8), stable=True",
-        "ignored tokens first",
+        CHUNKS, "lora_b_RV = tensors.lora_x[rows],", "lora_b_RV = tensors.lora_x[: z_CV.shape[0]],", "the first chunk's"
+    ),
+    Mutant(
+        CHUNKS, "wide.addmm_(lora_x_CR[part]", "wide.addmm_(lora_x_CR[: wide.shape[0]]", "the first part's rows for all"
+    ),
+    Mutant(CHUNKS, "            z_CV[part] = wide\n", "            pass\n", "the wide sum not put back"),
+    Mutant(CHUNKS, "-(-z_CV.shape[0] // WIDENED_PARTS)", "z_CV.shape[0]", "a whole chunk widened at once"),
+    Mutant(
+        CHUNKS, "        if self.wanted[3] or self.wanted[4]:", "        if self.wanted[3]:", "lora_b alone not served"
+    ),
+    Mutant(
+        CHUNKS, "            if self.wanted[4]:", "            if self.wanted[1]:", "lora_b served with the weight only"
+    ),
+    Mutant(
+        CHUNKS,
+        "lora_x_CR[part], first and part.start == 0)",
+        "lora_x_CR[part], first)",
+        "each part overwrites the others",
+    ),
+    Mutant(
+        CHUNKS,
+        "lora_x_CR[part], first and part.start == 0)",
+        "lora_x_CR[part], part.start == 0)",
+        "each chunk overwrites",
+    ),
+    Mutant(CHUNKS, "out=product_CR[part])", "out=product_CR[: wide.shape[0]])", "each part over the first"),
+    Mutant(CHUNKS, "            self.lora_x_NR[rows] = product_CR\n", "            pass\n", "lora_x has no gradient"),
+    Mutant(
+        CHUNKS,
+        "            self.lora_b_VR.zero_()\n",
+        "            pass\n",
+        "no row: lora_b's gradient not initialised",
+    ),
+    Mutant(
+        CHUNKS,
+        "for of_rows in (self.hidden_NH, self.lora_x_NR):",
+        "for of_rows in (self.hidden_NH,):",
+        "ignored rows of lora_x not initialised",
+    ),
+    Mutant(
+        CHUNKS,
+        "x.new_empty(x.shape if want else (0,))",
+        "x.new_empty(x.shape)",
+        "memory for gradients that nobody wants",
     ),
     Mutant(
         HOST,
-        "count = (target != options.ignore_index).sum()",
-        "count = (target >= 0).sum()",
-        "a class that is ignored counts",
-    ),
-    Mutant(
-        HOST,
-        "torch.addmm(bias_V, hidden_CH, weight_VH.t(), out=z_CV)",
-        "z_CV.copy_(torch.addmm(bias_V, hidden_CH, weight_VH.t()))",
-        "rounded by autocast",
+        "differentiated and x is not None and x.requires_grad for x in tensors",
+        "differentiated and x is not None and tensors[0].requires_grad for x in tensors",
+        "a frozen weight gets a gradient",
     ),
 )
 
-MUTANTS = (*KERNEL, *ROWS, *LOOP)
+MUTANTS = (*KERNEL, *ROWS, *LOOP, *LOW_RANK)

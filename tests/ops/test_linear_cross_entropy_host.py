@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -35,10 +36,15 @@ def test_compiled(implementation: str, options: Options) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("reduction", package.REDUCTIONS)
-@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False], [False, False, False]], ids=str)
+@pytest.mark.parametrize(
+    "needs", [[True, True, True, False, False], [True] * 5, [False, False, False, True, True], [False] * 5], ids=str
+)
 def test_registered(implementation: str, reduction: str, needs: list[bool]) -> None:
-    *floats, target = operation(implementation).draw((5, 16), torch.float32)
-    inputs = [x.requires_grad_(need) for x, need in zip(floats, needs, strict=True) if x is not None]
+    hidden, weight, bias, target, *low_rank = operation(implementation, rank=2 * any(needs[3:])).draw(
+        (5, 16), torch.float32
+    )
+    floats = [x for x in (hidden, weight, bias, *low_rank) if x is not None]
+    inputs = [*(x.requires_grad_(need) for x, need in zip(floats, needs)), *([None] * (5 - len(floats)))]
     options = (1.5, 3.0, IGNORED, 0.1, reduction, None, None, implementation, needs)
     torch.library.opcheck(torch.ops.automodel_accel.linear_cross_entropy.default, (*inputs, target, None, *options))
 
@@ -67,7 +73,7 @@ def test_functorch_is_right_or_refused(implementation: str) -> None:
 def test_length_of_chunks(
     tokens: int, vocab: int, dtype: torch.dtype, workspace: int | None, device: str, expected: int
 ) -> None:
-    assert package._chunk_rows(tokens, vocab, torch.empty(0, dtype=dtype, device=device), workspace) == expected
+    assert package.chunks.chunk_rows(tokens, vocab, torch.empty(0, dtype=dtype, device=device), workspace) == expected
 
 
 def test_a_bound_that_is_too_low_is_never_silent() -> None:
@@ -75,8 +81,8 @@ def test_a_bound_that_is_too_low_is_never_silent() -> None:
     with pytest.raises(ValueError, match="5 targets count, but valid_rows promises at most 4"):
         package.linear_cross_entropy(hidden, weight, target, valid_rows=4)
     for bound, lost in ((4, True), (5, False)):  # on a GPU
-        options = package._Options(1.0, None, IGNORED, 0.0, "mean", bound, None, "torch", [True] * 3)
-        assert package._divisor(target, None, options, torch.float32).isnan().item() == lost
+        options = package.chunks.Options(1.0, None, IGNORED, 0.0, "mean", bound, None, "torch", [True] * 5)
+        assert package.chunks.divisor(target, None, options, torch.float32).isnan().item() == lost
 
 
 WRONG: tuple[tuple[Options, str], ...] = (
@@ -129,12 +135,22 @@ def test_nothing_waits_for_the_gpu() -> None:
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.file}: {mutant.why}")
 def test_mutants_are_caught(mutant: Mutant, tmp_path: Path) -> None:
-    implementation = "triton" if "fused" in mutant.file else "torch"
-    check_caught(mutant, partial(check_package, implementation), tmp_path)
+    check_caught(mutant, partial(check_file, mutant.file, tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("file", ["fused.py", "eager.py", "__init__.py"])
+def check_file(file: str, folder: Path, tested: ModuleType) -> None:
+    """What catches mutants; for a part of the host code, on host code that is loaded again, and so imports that part anew."""
+    if file.endswith("chunks.py"):
+        with mutated(
+            Mutant("linear_cross_entropy/__init__.py", "import torch\n", "import torch\n", "none"), folder
+        ) as anew:
+            check_package("torch", anew)
+    else:
+        check_package("triton" if file.endswith("fused.py") else "torch", tested)
+
+
+@pytest.mark.parametrize("file", ["fused.py", "eager.py", "chunks.py", "__init__.py"])
 def test_an_unchanged_copy_passes_what_catches_mutants(file: str, tmp_path: Path) -> None:
     copy = Mutant(f"linear_cross_entropy/{file}", "import torch\n", "import torch\n", "no mistake")
     with mutated(copy, tmp_path) as tested:
-        check_package("triton" if file == "fused.py" else "torch", tested)
+        check_file(file, tmp_path, tested)

