@@ -48,7 +48,7 @@ clean: ## remove the virtual environment and what the tools left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage
 
 build/transformers-%: | $(VENV)/test.ready
-	$(PIP) --no-deps --target $@ transformers==$*
+	$(PIP) --target $@ transformers==$*
 
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -1,9 +1,11 @@
 """A model class that transformers has never seen gets its norms, MLPs, rotary, residual sums and loss."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import automodel_accel as accel
 from tests.day0.checks import training_step
@@ -55,3 +57,31 @@ def test_generation_reads_real_scores() -> None:
     with torch.no_grad():
         tokens = _batch()["input_ids"]
         torch.testing.assert_close(ours(tokens).scores, model(tokens).scores)
+
+
+class Parrot(torch.nn.Module):
+    """No class of transformers, a head that nothing names, and targets in place of labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.say = torch.nn.Embedding(57, 32), torch.nn.Linear(32, 57)
+        self.calm = torch.nn.LayerNorm(32)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> Any:
+        scores = self.say(self.calm(self.words(tokens)))
+        loss = None if targets is None else F.cross_entropy(scores.view(-1, 57), targets.view(-1))
+        return scores, loss
+
+
+def test_a_head_that_nothing_names_is_found_by_its_length() -> None:
+    torch.manual_seed(0)
+    model, tokens = Parrot(), torch.randint(57, (2, 9))
+    ours = accel.apply(copy.deepcopy(model))
+    losses = [one(tokens, tokens.roll(-1, 1))[1] for one in (ours, model)]
+    torch.testing.assert_close(*losses)
+    losses[0].backward(), losses[1].backward()
+    for mine, theirs in zip(ours.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-7)
+    assert accel.report(ours).counts.fused == {"norm": 1, "loss": 1}
+    assert accel.report(ours).materialised_logits == 0
+    assert isinstance(ours(tokens)[0], torch.Tensor)
