@@ -140,7 +140,7 @@ def combine(
     combine_kernel[(n_tokens * tiles_per_row,)](
         y_SD,
         y_SD if weights_TK is None else weights_TK,
-        y_SD if bias_ED is None else bias_ED,
+        y_SD if bias_ED is None else bias_ED.contiguous(),
         expert,
         inverse,
         out_TD,
