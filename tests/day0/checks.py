@@ -200,6 +200,7 @@ def _together(steps: list[Step]) -> Step:
 def packed_rows(case: Case) -> None:
     """Two documents in one row: changing the first leaves the second's logits the same, bit by bit, and as if it were alone.
 
+    Not bit by bit where they are not in vanilla either, but nearly: an expert's product rounds by how many rows it has.
     Where vanilla keeps documents apart, loss and every gradient of the packed row are its own. Where vanilla leaks although its
     attention is served by ours, ours must not.
     """
@@ -214,13 +215,14 @@ def packed_rows(case: Case) -> None:
         theirs = [_logits(vanilla, _row(filler), _positions())[:, FIRST_DOCUMENT:] for filler in (5, 6)]
     except PROBE_ERRORS as error:
         raise NotApplicable(f"vanilla takes no packed row of text: {_first_line(error)}") from error
-    leaks = not torch.equal(*theirs)
+    leaks = not _nearly_equal(*theirs)
     accel.report(ours).counts.fused.clear()
     mine = [_logits(ours, _row(filler), _positions())[:, FIRST_DOCUMENT:] for filler in (5, 6)]
-    if leaks and not torch.equal(*mine):
+    if leaks and not _nearly_equal(*mine):
         served = accel.report(ours).counts.fused["attention"]
         raise NotApplicable("leaks in vanilla too" + (", beside the attention that ours serves" if served else ""))
-    assert torch.equal(*mine), "changing one document changes another one's logits; not so in vanilla"
+    same = _nearly_equal if leaks or not torch.equal(*theirs) else torch.equal
+    assert same(*mine), "changing one document changes another one's logits; not so in vanilla"
     if not leaks:
         torch.testing.assert_close(mine[0], theirs[0], rtol=1e-5, atol=1e-5)
         assert_close(training_step(ours.train(), batch), expected)
@@ -249,6 +251,10 @@ def case_of(type: Type, dtype: torch.dtype = torch.float32, seed: int = 0, **bat
     """A fresh case; raises `Unbuildable`."""
     tiny = tiny_model(type, dtype=dtype, seed=seed)
     return Case(tiny, tiny.batch(**batch))
+
+
+def _nearly_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool((one - other).abs().max() <= 1e-6 * other.abs().max())
 
 
 def _row(filler: int) -> torch.Tensor:
