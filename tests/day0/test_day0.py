@@ -9,7 +9,7 @@ from tests.day0.coverage import LEAST, PAGE, changes, count, load, page
 from tests.day0.sweep import Outcome, sweep
 
 KINDS = ("causal", "vlm")
-CHECKS = ("parity", "checkpointing", "revert", "packed rows")
+CHECKS = ("parity", "revert")  # the others take minutes: make day0
 TRAINED = {"causal": 185, "vlm": 93}
 WITH_IMAGE = 84
 

@@ -74,7 +74,14 @@ def test_demo_figures_are_those_of_two_equal_trainings(demo: tuple[str, Path]) -
         assert variant["processor_seconds"] > 0
     assert accelerated["report"]["materialised_logits"] == 0
     assert accelerated["report"]["calls"]["loss"] == 3
-    assert {claim["fusion"] for claim in accelerated["report"]["applied"]} == {"norm", "mlp", "loss"}
+    assert {claim["fusion"] for claim in accelerated["report"]["applied"]} == {
+        "norm",
+        "mlp",
+        "rope",
+        "attention",
+        "residual",
+        "loss",
+    }
     assert "report" not in vanilla
     assert figures["machine"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert figures["options"]["rank"] == 4
