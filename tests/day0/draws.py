@@ -60,7 +60,10 @@ def _try(draw: Draw) -> Draw:
         except NotApplicable as reason:
             not_applicable = str(reason)
         except (AssertionError, *PROBE_ERRORS) as error:
-            wrong = f"{type(error).__name__}: {error}"
+            if case.is_repeatable:
+                wrong = f"{type(error).__name__}: {error}"
+            else:
+                not_applicable = "vanilla draws a seed of its own, and gives another loss each time"
     return Draw(draw.type, draw.seed, draw.dtype, draw.rows, draw.tokens, draw.share_ignored, wrong, not_applicable)
 
 
