@@ -40,9 +40,8 @@ fix: $(VENV)/test.ready ## mend what the linter and the formatter can
 bench: $(VENV)/test.ready ## the benchmarks that are asserted
 	$(BIN)/python -m pytest bench $(ARGS)
 
-gpu: $(VENV)/test.ready ## the tests that need a GPU, and the benchmarks there
-	$(BIN)/python -m pytest -m gpu $(ARGS)
-	$(BIN)/python -m bench linear_cross_entropy
+gpu: $(VENV)/test.ready ## the tests that need a GPU, and every benchmark there (out/summary.md)
+	bash bench/h100.sh --python $(BIN)/python $(ARGS)
 
 clean: ## remove the virtual environment and what the tools left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .coverage

@@ -11,6 +11,7 @@ from torch import nn
 from automodel_accel.config import AccelConfig
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.facts import Facts, this_machine
+from automodel_accel.patches.checkpoint import checkpoint_layer, checkpointed_layers
 from automodel_accel.patches.contract import Counts
 from automodel_accel.patches.probe import undisturbed
 from automodel_accel.patches.retype import is_retyped, owner_of, restore
@@ -72,6 +73,7 @@ def apply(
     with undisturbed(machine.device):
         found = make_plan(model, settings, machine, tuple(patches.values()))
         proofs = prove_all(found.claims, patches, modules)
+    layers = checkpointed_layers(model) if settings.recompute == "full" else []
     no_proof = [(claim.fusion, no) for claim in found.claims if (no := proof_refusal(claim, proofs[claim.proof_key]))]
     claims = tuple(claim for claim in found.claims if proofs[claim.proof_key].refusal is None)
     result = Report(found, claims, found.refusals + tuple(no_proof), proofs, Counts())
@@ -83,8 +85,11 @@ def apply(
             for place in places:
                 undo.callback(restore, place)
             patches[claim.fusion].swap(claim, places, proofs[claim.proof_key].proven, result.counts)
+        for layer in layers:
+            undo.callback(restore, layer)
+            checkpoint_layer(layer, result.counts)
         undo.pop_all()
-    if not claims:
+    if not claims and not layers:
         _REPORTS[model] = result
     return model
 

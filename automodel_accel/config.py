@@ -5,25 +5,32 @@ from typing import Any
 
 from automodel_accel.kernels.contract import AUTO, unknown_name
 
+RECOMPUTE = ("selective", "mlp", "full")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccelConfig:
     """Which fusions to apply. Every fusion takes "auto" (or True), False, or the name of an implementation.
 
     Attributes:
-        norm: Norms: "auto", "triton", "torch", False.
-        mlp: MLPs, gated and plain: "auto", "triton", "torch", False.
+        implementation: For every fusion that says "auto" and has an implementation of this name: "triton", "te", "liger", ...
+        norm: Norms: "auto", "triton", "torch", "te", "liger", False.
+        mlp: MLPs, gated and plain: "auto", "triton", "torch", "liger" (gated), False.
         experts: Mixtures of experts: "auto", "triton", "torch", False.
         rope: Rotary position embeddings: "auto", "triton", "torch", False.
         attention: Attention: "auto", the name of a backend, False.
         residual: Residual sum and norm in one kernel: "auto", "triton", "torch", False.
         loss: The loss without logits: "auto", "triton", "torch", False.
+        linear: Linears of one input in one node of autograd: "auto", "torch", False.
+        recompute: What is computed again in backward instead of kept: None (nothing), "selective" (outputs of norms and of
+            activations, in about 1 % of the time), "mlp" (each MLP as a whole as well) or "full" (each layer).
         strict: Turn an explicit request that is refused into a `RefusedError`. Without it the refusal is logged and reported.
 
     Raises:
         ValueError: an unknown setting, with the nearest right one; or a value of another type.
     """
 
+    implementation: str = AUTO
     norm: str | bool = AUTO
     mlp: str | bool = AUTO
     experts: str | bool = AUTO
@@ -31,6 +38,8 @@ class AccelConfig:
     attention: str | bool = AUTO
     residual: str | bool = AUTO
     loss: str | bool = AUTO
+    linear: str | bool = AUTO
+    recompute: str | None = None
     strict: bool = False
 
     def __new__(cls, **settings: Any) -> "AccelConfig":
@@ -44,9 +53,15 @@ class AccelConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "strict":
+            if field.name == "recompute":
+                if value is not None and value not in RECOMPUTE:
+                    raise ValueError(unknown_name("recompute", str(value), [*RECOMPUTE, "None"]))
+            elif field.name == "strict":
                 if not isinstance(value, bool):
                     raise ValueError(f"strict={value!r}: expected True or False.")
+            elif field.name == "implementation":
+                if not isinstance(value, str):
+                    raise ValueError(f'implementation={value!r}: expected "auto" or the name of an implementation.')
             elif not isinstance(value, str | bool):
                 raise ValueError(f'{field.name}={value!r}: expected "auto", False, or the name of an implementation.')
 
@@ -64,7 +79,7 @@ class AccelConfig:
     def wanted(self, fusion: str) -> str | None:
         """The implementation to ask for, or None where the fusion is off."""
         value = getattr(self, fusion)
-        return None if value is False else AUTO if value is True else str(value)
+        return None if value is False else self.implementation if value in (AUTO, True) else str(value)
 
     def is_explicit(self, fusion: str) -> bool:
         """Whether the user named an implementation or said True."""

@@ -10,6 +10,7 @@ from torch import nn
 from automodel_accel.config import AccelConfig
 from automodel_accel.kernels.contract import AUTO, Refusal, unknown_name
 from automodel_accel.kernels.facts import Facts
+from automodel_accel.patches.checkpoint import no_layers
 from automodel_accel.patches.contract import Claim, Context, Patch
 from automodel_accel.tables import grouped_places, table
 
@@ -19,13 +20,15 @@ def all_patches() -> tuple[Patch, ...]:
     # here, so that `import automodel_accel` registers no operation
     from automodel_accel.patches.attention import AttentionPatch
     from automodel_accel.patches.experts import ExpertsPatch
+    from automodel_accel.patches.linear import LinearPatch
     from automodel_accel.patches.loss import LossPatch
     from automodel_accel.patches.mlp import MlpPatch
     from automodel_accel.patches.norm import NormPatch
     from automodel_accel.patches.residual import ResidualPatch
     from automodel_accel.patches.rope import RopePatch
 
-    return NormPatch(), MlpPatch(), ExpertsPatch(), RopePatch(), AttentionPatch(), LossPatch(), ResidualPatch()
+    first = (NormPatch(), MlpPatch(), ExpertsPatch(), RopePatch(), AttentionPatch(), LossPatch(), ResidualPatch())
+    return *first, LinearPatch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Plan:
 
     def __str__(self) -> str:
         title = f"Plan for {self.model} on {self.facts.device_name} ({self.facts.device}); nothing is changed yet"
-        return claim_table(title, self.claims) + refusal_table(self.refusals)
+        return claim_table(title, self.claims) + reason_table(self.claims) + refusal_table(self.refusals)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, one entry per place."""
@@ -70,6 +73,9 @@ def make_plan(model: nn.Module, config: AccelConfig, facts: Facts, patches: tupl
     Raises:
         ValueError: a fusion asks for an implementation that does not exist, or two patches claim one place.
     """
+    known_to_any = dict.fromkeys(name for patch in patches for name in patch.kernel.names())
+    if config.implementation not in (AUTO, *known_to_any):
+        raise ValueError(unknown_name("implementation", config.implementation, [AUTO, *known_to_any]))
     claims: list[Claim] = []
     refusals: list[tuple[str, Refusal]] = []
     absent: list[str] = []
@@ -78,9 +84,12 @@ def make_plan(model: nn.Module, config: AccelConfig, facts: Facts, patches: tupl
         wanted = config.wanted(patch.fusion)
         if wanted is None:
             continue
-        if wanted != AUTO and wanted not in patch.kernel.names():
-            raise ValueError(unknown_name(f"implementation for {patch.fusion}", wanted, [AUTO, *patch.kernel.names()]))
-        found = _match_all(patch, model, Context(facts, devices, wanted))
+        if wanted not in (AUTO, *patch.kernel.names()):
+            if config.is_explicit(patch.fusion):
+                known = [AUTO, *patch.kernel.names()]
+                raise ValueError(unknown_name(f"implementation for {patch.fusion}", wanted, known))
+            wanted = AUTO  # named for all fusions, and unknown to this one
+        found = _match_all(patch, model, Context(facts, devices, wanted, config.recompute))
         own = [claim for claim in found if isinstance(claim, Claim)]
         refusals += [(patch.fusion, refusal) for refusal in found if isinstance(refusal, Refusal)]
         refusals += [(patch.fusion, refusal) for refusal in _refused_requests(own, wanted)]
@@ -90,6 +99,8 @@ def make_plan(model: nn.Module, config: AccelConfig, facts: Facts, patches: tupl
     nothing = not claims and not refusals
     missed = (fusion for fusion in absent if nothing or config.is_explicit(fusion))
     refusals += [(fusion, Refusal("model", "has no such place", "nothing to do")) for fusion in missed]
+    if config.recompute == "full" and (no := no_layers(model)) is not None:
+        refusals.append(("recompute", no))
     _check_conflicts(claims)
     return Plan(type(model).__name__, facts, config, tuple(claims), tuple(refusals))
 
@@ -153,6 +164,17 @@ def claim_table(title: str, claims: tuple[Claim, ...], remark: Callable[[Claim],
     return table(title, ("fusion", "places", "kernel", "what and where"), rows)
 
 
+def reason_table(claims: tuple[Claim, ...]) -> str:
+    """A table of why each implementation was taken, fusions with one reason in one row; empty where there are no claims."""
+    fusions: dict[tuple[str, str], list[str]] = {}
+    for claim in claims:
+        for device, choice in claim.choices.items():
+            if choice.winner is not None:
+                fusions.setdefault((f"{choice.winner.name} ({device})", choice.why), []).append(claim.fusion)
+    rows = [(kernel, f"{why}\n{', '.join(dict.fromkeys(of))}") for (kernel, why), of in fusions.items()]
+    return "\n" + table("Why these", ("kernel", "why and for what"), rows) if rows else ""
+
+
 def refusal_table(refusals: tuple[tuple[str, Refusal], ...]) -> str:
     """A table of refusals, places with one reason in one row; empty where there are none."""
     kinds: dict[tuple[str, str, str], list[str]] = {}
@@ -173,6 +195,7 @@ def _kernels(claim: Claim) -> str:
 
 def _claim_dict(claim: Claim) -> dict[str, Any]:
     kernels = {device: choice.winner.name if choice.winner else None for device, choice in claim.choices.items()}
+    why = {device: choice.why for device, choice in claim.choices.items()}
     why_not = {device: [str(refusal) for refusal in choice.refused] for device, choice in claim.choices.items()}
     return {
         "fusion": claim.fusion,
@@ -180,6 +203,7 @@ def _claim_dict(claim: Claim) -> dict[str, Any]:
         "recognised_as": claim.label,
         "dtype": str(claim.dtype),
         "kernels": kernels,
+        "why": why,
         "passed_over": why_not,
     }
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from automodel_accel.kernels.contract import Refusal, kernel_errors
+from automodel_accel.kernels.contract import CannotServeError, Choice, Refusal, kernel_errors
 from automodel_accel.kernels.numerics import judge
 from automodel_accel.patches.contract import CallKey, Claim, Experiment, Patch
 
@@ -57,23 +57,40 @@ def prove(claim: Claim, patch: Patch, module: nn.Module) -> Proof:
         if choice.winner is None:
             refusal = f"no implementation serves it on {device}: {'; '.join(map(str, choice.refused))}"
             continue
-        name = choice.winner.name
         native, *others = patch.keys(claim, device)
         for key in (native, *others):
-            excess, problem = _try(partial(patch.experiment, claim, module, key, name))
+            name, excess, problem = _first_to_serve(partial(patch.experiment, claim, module, key), choice)
             if problem is None:
                 proven[key] = name
                 worst = max(worst, excess)
             else:
                 failed[key] = problem
         if native in failed:
-            refusal = f"the proof of {name} failed for {_named(native)}: {failed[native]}"
+            refusal = f"the proof of {choice.winner.name} failed for {_named(native)}: {failed[native]}"
     return Proof(proven, failed, worst, refusal)
 
 
 def proof_refusal(claim: Claim, proof: Proof) -> Refusal | None:
     """The refusal of one place whose kind failed its proof."""
     return Refusal(claim.paths[-1], proof.refusal, "the original forward stays") if proof.refusal else None
+
+
+def _first_to_serve(set_up: Callable[[str], Experiment], choice: Choice) -> tuple[str, float, str | None]:
+    """The winner, or where it does not serve this call the next that does; its largest excess, and what went wrong, if anything.
+
+    Only a refusal moves on to the next: one that is wrong is wrong.
+    """
+    assert choice.winner is not None
+    names = [choice.winner.name, *(other.name for other in choice.others)]
+    for name in names[:-1]:
+        try:
+            return name, *_try(partial(set_up, name))
+        except CannotServeError:
+            continue
+    try:
+        return names[-1], *_try(partial(set_up, names[-1]))
+    except CannotServeError as error:
+        return names[0], float("nan"), str(error)
 
 
 def _try(set_up: Callable[[], Experiment]) -> tuple[float, str | None]:
@@ -83,6 +100,8 @@ def _try(set_up: Callable[[], Experiment]) -> tuple[float, str | None]:
         truth = _run(experiment.truth, experiment, torch.float64)
         theirs = _run(experiment.theirs, experiment, None)
         ours = _run(experiment.ours, experiment, None)
+    except CannotServeError:
+        raise
     except kernel_errors() as error:
         return float("nan"), f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     worst = 0.0

@@ -41,6 +41,8 @@ class Report:
 
     def __str__(self) -> str:
         title = f"{self.plan.model}: {len(self.applied)} places swapped and proved"
+        if self.plan.config.recompute:
+            title += f", recompute={self.plan.config.recompute!r}"
         text = claim_table(title, self.applied, self._proof_text)
         text += refusal_table(self.refusals)
         return text + "\n" + table("Since then", ("what", "calls"), self._count_rows())

@@ -1,8 +1,99 @@
-"""All benchmarks, by name."""
+"""Which cases a run has: the whole list on a GPU, what takes seconds on a CPU, and almost nothing with --quick."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 
-from bench import linear_cross_entropy
-from bench.case import Case
+from automodel_accel.kernels.contract import unknown_name
+from bench.case import Case, Operation, Sizes
+from bench.models import MODELS
+from bench.operations import OPERATIONS
 
-CASES: Mapping[str, Case] = {case.name: case for case in (linear_cross_entropy.CASE,)}
+TOKENS = (512, 2048, 8192, 32768)
+TYPICAL = 8192
+ALL_LENGTHS = ("Llama-3-8B", "GPT-2-XL")  # measured at every number of tokens; all others at the typical one
+ALL_IGNORED = ("Llama-3.2-1B",)  # measured with every share of ignored labels
+ON_CPU = ("Qwen3-0.6B", "Gemma-2-2B", "GPT-2-XL")
+CPU_TOKENS = 512
+QUICK = ("Qwen3-0.6B", "GPT-2-XL")
+QUICK_TOKENS = 64
+QUICK_DIVISORS = {"hidden": 8, "intermediate": 8, "vocab": 64, "heads": 4, "key_heads": 4}
+
+
+def pick(names: Sequence[str]) -> list[Operation]:
+    """The operations of these names, all for none.
+
+    Raises:
+        ValueError: there is no such operation.
+    """
+    for name in names:
+        if name not in OPERATIONS:
+            raise ValueError(unknown_name("operation", name, OPERATIONS))
+    return [OPERATIONS[name] for name in names or OPERATIONS]
+
+
+def cases(
+    operation: Operation,
+    device: str,
+    dtype: str,
+    models: Sequence[str] = (),
+    tokens: Sequence[int] = (),
+    quick: bool = False,
+) -> list[Case]:
+    """The cases of an operation, the most telling one first.
+
+    Args:
+        operation: Which.
+        device: "cuda" or "cpu"; on a CPU sizes are cut, and each case says how.
+        dtype: Of the activations.
+        models: Only these; where given, at every number of tokens that is asked for.
+        tokens: Only these numbers of tokens.
+        quick: Sizes that take no time, to see that it works.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    for name in models:
+        if name not in MODELS:
+            raise ValueError(unknown_name("model", name, MODELS))
+    found = []
+    for name in operation.models:
+        if models and name not in models:
+            continue
+        for length, ignored in _variations(operation, name, device, quick, bool(models), tokens):
+            found.append(_case(operation, name, device, dtype, length, ignored, quick))
+    return sorted(found, key=lambda case: case.model not in ALL_LENGTHS or case.sizes["tokens"] != TYPICAL)
+
+
+def custom(operation: Operation, sizes: Sizes, dtype: str) -> Case:
+    """One case of sizes of your own, with the options of the operation's first model."""
+    return Case(operation.name, "custom", dict(sizes), operation.options(MODELS[operation.models[0]]), dtype)
+
+
+def _variations(
+    operation: Operation, model: str, device: str, quick: bool, named: bool, tokens: Sequence[int]
+) -> Iterator[tuple[int, float]]:
+    """(tokens, share of ignored labels) of a model's cases."""
+    if quick or device == "cpu":
+        if not named and model not in (QUICK if quick else ON_CPU):
+            return
+        for length in tokens or (QUICK_TOKENS if quick else CPU_TOKENS,):
+            few = quick or model != ON_CPU[0]
+            yield from ((length, ignored) for ignored in (operation.ignored[:1] if few else operation.ignored))
+        return
+    lengths = tokens or (TOKENS if named or model in ALL_LENGTHS else (TYPICAL,))
+    for length in lengths:
+        every = model in ALL_IGNORED or (named and length == TYPICAL)
+        yield from ((length, ignored) for ignored in (operation.ignored if every else operation.ignored[:1]))
+
+
+def _case(operation: Operation, model: str, device: str, dtype: str, tokens: int, ignored: float, quick: bool) -> Case:
+    shape = MODELS[model]
+    sizes: dict[str, int | float] = {"tokens": tokens, **operation.sizes(shape)}
+    divisors = QUICK_DIVISORS if quick else operation.cpu_cut if device == "cpu" else {}
+    cuts = []
+    for name, divisor in divisors.items():
+        if name in sizes:
+            whole, sizes[name] = sizes[name], max(int(sizes[name]) // divisor, 1)
+            cuts.append(f"{name} {whole} -> {sizes[name]}")
+    if "ignored" in operation.custom:
+        sizes["ignored"] = ignored
+    return Case(operation.name, model, sizes, operation.options(shape), dtype, ", ".join(cuts))

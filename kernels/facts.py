@@ -11,6 +11,7 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -19,15 +20,20 @@ import torch
 OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
     {
         "triton": "fused kernels on NVIDIA and AMD GPUs",
-        "transformer-engine": "nothing yet; FP8 linears and norms by NVIDIA will use it",
-        "flash-attn": "nothing yet; attention will use it",
-        "liger-kernel": "nothing yet; its kernels will be further implementations and peers in the bench",
+        "transformer-engine": "norms and the loss of logits by NVIDIA's kernels",
+        "flash-attn": "attention by FlashAttention-2",
+        "flash-attn-3": "attention by FlashAttention-3, on Hopper",
+        "flash-attn-4": "attention by FlashAttention-4, on Hopper and Blackwell",
+        "liger-kernel": "norms and gated activations by Liger's Triton kernels",
         "bitsandbytes": "8-bit and 4-bit base models, as transformers loads them",
         "datasets": "nothing yet; recipes will read datasets from the hub with it",
         "wandb": "nothing yet; recipes will log to it",
         "matplotlib": "loss curves as pictures",
     }
 )
+# top module of a distribution that is not named after it, and what must lie inside of one that several distributions share
+_MODULES: Mapping[str, str] = MappingProxyType({"flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn"})
+_INSIDE: Mapping[str, str] = MappingProxyType({"flash-attn": "flash_attn_interface.py", "flash-attn-4": "cute"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +107,17 @@ def _device(device: str) -> tuple[str, str, int, int]:
 def _installed(names: Mapping[str, str]) -> dict[str, str]:
     found = {}
     for name in names:
-        if importlib.util.find_spec(_module(name)) is not None:
+        if _is_installed(name):
             found[name] = _version(name)
     return found
 
 
-def _module(distribution: str) -> str:
-    return distribution.replace("-", "_")
+def _is_installed(distribution: str) -> bool:
+    spec = importlib.util.find_spec(_MODULES.get(distribution, distribution.replace("-", "_")))
+    inside = _INSIDE.get(distribution)
+    if spec is None or inside is None:
+        return spec is not None
+    return any((Path(folder) / inside).exists() for folder in spec.submodule_search_locations or ())
 
 
 def _version(distribution: str) -> str:

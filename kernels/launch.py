@@ -31,7 +31,17 @@ def prefetch_stages(row_bytes: int) -> int:
     return 3 if 2 * row_bytes <= PREFETCH_BYTES else 1
 
 
+def next_power_of_2(n: int) -> int:
+    """The power of 2 that is n or the next one above it; 1 for 0. Triton's own takes 5 us of host time a call."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def cdiv(n: int, size: int) -> int:
+    """How many parts of `size` hold n; without the host time of Triton's own."""
+    return -(-n // size)
+
+
 def rows(x: torch.Tensor) -> torch.Tensor:
     """[..., H] -> [N, H] with unit stride inside a row; a copy only where no view exists."""
-    x_NH = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    x_NH = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return x_NH if x_NH.stride(-1) == 1 else x_NH.contiguous()

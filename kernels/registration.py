@@ -45,7 +45,7 @@ def register(name: str, definition: Definition) -> Callable[..., tuple[torch.Ten
 
     The returned function takes `forward`'s inputs by position. Eagerly it runs a `torch.autograd.Function`, which spares the
     host time of the dispatcher; under torch.compile it is the registered operation, which the graph holds as one node.
-    A second differentiation raises in both.
+    A second differentiation raises in both, and so do the transforms of torch.func.
     """
     op = torch.library.custom_op(f"automodel_accel::{name}", definition.forward, mutates_args=())
     op.register_fake(definition.fake_forward)
@@ -70,14 +70,13 @@ def _autograd_function(name: str, definition: Definition) -> type[torch.autograd
     save = definition.setup_context_eager or definition.setup_context
     gradients = definition.gradients_eager or definition.gradients
 
-    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
-        return definition.forward(*inputs)
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:  # a setup_context apart would cost 20 us a call
+        output = definition.forward(*inputs)
         save(ctx, inputs, output)
         ctx.mark_non_differentiable(*output[definition.differentiable :])
         ctx.set_materialize_grads(False)
         ctx.inputs = len(inputs)
+        return output
 
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         if all(grad_output is None for grad_output in grad_outputs[: definition.differentiable]):
@@ -88,5 +87,5 @@ def _autograd_function(name: str, definition: Definition) -> type[torch.autograd
             )
         return gradients(ctx, definition.incoming(grad_outputs), definition.backward)
 
-    members = {"forward": staticmethod(forward), "setup_context": staticmethod(setup_context)}
-    return type(name, (torch.autograd.Function,), {**members, "backward": staticmethod(backward)})
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members)

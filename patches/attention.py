@@ -8,7 +8,7 @@ Models that build causal masks get mask functions that only say what the mask ho
 
 import types
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 
 from automodel_accel.kernels.attention import BY_NAME, KERNEL
 from automodel_accel.kernels.contract import AUTO, Choice, Refusal, Spec, choose
+from automodel_accel.kernels.facts import this_machine
 from automodel_accel.patches.attention_call import INTERFACE, Dispatcher, Site, eager_function, weights_recorder
 from automodel_accel.patches.attention_masks import SERVED, Documents, looks_at_types, makers_in, with_lazy_masks
 from automodel_accel.patches.attention_proof import experiment, mask_experiment
@@ -25,6 +26,8 @@ from automodel_accel.patches.rebind import loaded_globals, rebind, writes_global
 from automodel_accel.patches.retype import MODEL, changed_by_accelerator, forward_replaced, retype
 
 STAYS = "the original attention stays"
+NOT_ASKED_FOR = "not asked for"
+TIMED = "first in order; each kind of call is timed once among those that are proved"
 _WIDTHS = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "dim_per_head")
 
 
@@ -118,14 +121,15 @@ class AttentionPatch:
         form: AttentionForm = claim.form  # type: ignore[assignment]
         winner = claim.choices[device].winner
         assert winner is not None
-        refused = {refusal.what for refusal in claim.choices[device].refused}
+        asked_not = {refusal.what for refusal in claim.choices[device].refused if refusal.reason == NOT_ASKED_FOR}
+        size = max(form.width, form.value_width)
         names = [winner.name, *(name for name in BY_NAME if name != winner.name)]
         keys = []
         for dtype in dict.fromkeys((claim.dtype, torch.float32, torch.bfloat16)):
             for name in names:
-                objection = f"attention: {name}" in refused and name != winner.name
-                able = form.features <= BY_NAME[name].features and dtype in BY_NAME[name].dtypes
-                if able and not objection and device in BY_NAME[name].devices:
+                spec = Spec(device, dtype, size, form.features)
+                able = BY_NAME[name].objection(this_machine(), spec) is None
+                if able and f"attention: {name}" not in asked_not:
                     keys.append((device, dtype, name))
         return keys
 
@@ -215,11 +219,11 @@ def _choice(context: Context, device: str, dtype: torch.dtype, size: int, featur
     choice = choose(KERNEL, context.facts, spec, context.wanted)
     if choice.winner is None and context.wanted != AUTO:
         fallback = choose(KERNEL, context.facts, spec)
-        return Choice(KERNEL.name, fallback.winner, choice.refused + fallback.refused)
+        return replace(fallback, refused=choice.refused + fallback.refused)
     if context.wanted != AUTO:
-        others = tuple(Refusal(f"attention: {name}", "not asked for") for name in BY_NAME if name != context.wanted)
-        return Choice(KERNEL.name, choice.winner, others)
-    return choice
+        others = tuple(Refusal(f"attention: {name}", NOT_ASKED_FOR) for name in BY_NAME if name != context.wanted)
+        return replace(choice, refused=others)
+    return replace(choice, why=TIMED) if choice.others else choice
 
 
 def _widths(module: nn.Module) -> tuple[int, int, int] | None:

@@ -7,13 +7,13 @@ re-types instances (see retype.py), so that undoing needs no memory of its own.
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from automodel_accel.kernels.contract import Choice, Kernel, Refusal, Spec, choose
+from automodel_accel.kernels.contract import AUTO, Choice, Kernel, Refusal, Spec, choose
 from automodel_accel.kernels.facts import Facts
 
 # (device type, dtype of the activations, ...): what a swapped forward looks up before it takes the fused path
@@ -23,23 +23,36 @@ Proven = Mapping[CallKey, str]
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a patch may know while it matches: the machine, the devices to serve, and what the user asked for."""
+    """What a patch may know while it matches: the machine, the devices to serve, and what the user asked for.
+
+    Attributes:
+        facts: The machine.
+        devices: Device types to serve.
+        wanted: "auto", or the implementation that the user named.
+        recompute: What is computed again in backward: "selective", "mlp", "full", or None.
+    """
 
     facts: Facts
     devices: tuple[str, ...]
     wanted: str
+    recompute: str | None = None
 
-    def choices(self, kernel: Kernel, dtype: torch.dtype, size: int) -> dict[str, Choice]:
+    def choices(
+        self, kernel: Kernel, dtype: torch.dtype, size: int, features: frozenset[str] = frozenset()
+    ) -> dict[str, Choice]:
         """One choice per device; a refused explicit request falls back to "auto" and keeps the refusal."""
-        found = {}
-        for device in self.devices:
-            spec = Spec(device, dtype, size)
+        return {device: self._choice(kernel, Spec(device, dtype, size, features)) for device in self.devices}
+
+    def _choice(self, kernel: Kernel, spec: Spec) -> Choice:
+        if self.wanted == AUTO or self.wanted in kernel.names():
             choice = choose(kernel, self.facts, spec, self.wanted)
-            if choice.winner is None and self.wanted != "auto":
-                fallback = choose(kernel, self.facts, spec)
-                choice = Choice(kernel.name, fallback.winner, choice.refused + fallback.refused)
-            found[device] = choice
-        return found
+            if choice.winner is not None or self.wanted == AUTO:
+                return choice
+            refused = choice.refused
+        else:  # a fusion serves several operations, and not all of them are implemented there
+            refused = (Refusal(f"{kernel.name}: {self.wanted}", f"does not implement {kernel.name}"),)
+        fallback = choose(kernel, self.facts, spec)
+        return replace(fallback, refused=refused + fallback.refused)
 
 
 @dataclass(frozen=True, slots=True)

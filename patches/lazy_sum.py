@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
+from automodel_accel.kernels.recompute import region
+
 Parts = tuple[torch.Tensor, torch.Tensor, float]  # branch, residual, scale
 
 
@@ -220,15 +222,6 @@ def tensors(values: Any) -> Any:
         if isinstance(value, LazySum | tuple | list | dict):
             values[place] = tensors(value)
     return values
-
-
-def region() -> Any:
-    """What catches saved tensors at this moment: None, or the hooks of a checkpoint or of offloading.
-
-    A checkpoint inside of a layer runs its part again after the layer has returned, when nothing is lazy any more; so nothing
-    may be lazy in it the first time.
-    """
-    return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _is_addend(ours: LazySum, other: Any) -> bool:

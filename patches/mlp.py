@@ -5,22 +5,24 @@ down(act(up(x))). The swapped forward CALLS the linears, so LoRA, quantised and 
 and the product are fused.
 """
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from automodel_accel.kernels import activation as activation_package
 from automodel_accel.kernels import gated_linear as gated_package
 from automodel_accel.kernels.activation import activation
 from automodel_accel.kernels.contract import Kernel, Refusal
 from automodel_accel.kernels.gated_linear import gated_linear
+from automodel_accel.kernels.recompute import remember
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
-from automodel_accel.patches.probe import all_close, call, functional_copy, gradients, recognise
+from automodel_accel.patches.probe import all_close, call, functional_copy, gradients, linear_of, recognise
 from automodel_accel.patches.retype import has_hooks, retype
 
 HIDDEN = 12  # in place of the hidden size; the inner size is the real one, which some modules hold in a number
@@ -31,7 +33,7 @@ NEARLY = 1e-2  # so far from an activation of ours the reason names it
 COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of a weight that is not quantised
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class MlpForm:
     """What the probe recognised.
 
@@ -40,12 +42,14 @@ class MlpForm:
         activation: Such as "silu".
         layout: None for separate gate and up, the order of the halves in one linear's output, or "plain" for no gate.
         linears: Names of (gate, up, down), (gate and up in one, down), or (up, down).
+        recompute: Whether all of it is computed again in backward, and only its input kept.
     """
 
     inner: int
     activation: str
     layout: str | None
     linears: tuple[str, ...]
+    recompute: bool = False
 
     @property
     def kernel(self) -> Kernel:
@@ -54,10 +58,11 @@ class MlpForm:
 
     def label(self) -> str:
         """For the plan."""
+        again = ", computed again in backward" if self.recompute else ""
         if self.layout == PLAIN:
-            return f"mlp, {self.activation}, {self.inner} wide"
+            return f"mlp, {self.activation}, {self.inner} wide{again}"
         shape = "one linear for both" if self.layout else "two linears"
-        return f"gated mlp, {self.activation}, {self.inner} wide, gate and up by {shape}"
+        return f"gated mlp, {self.activation}, {self.inner} wide, gate and up by {shape}{again}"
 
 
 class MlpPatch:
@@ -80,9 +85,10 @@ class MlpPatch:
         if not isinstance(found, MlpForm):
             return found
         dtype = _activation_dtype(module)
-        return Claim(
-            self.fusion, (path,), found.label(), dtype, found, context.choices(found.kernel, dtype, found.inner)
-        )
+        found = dataclasses.replace(found, recompute=context.recompute == "mlp")
+        features = gated_package.FEATURES[found.activation] if found.layout != PLAIN else frozenset()
+        choices = context.choices(found.kernel, dtype, found.inner, features)
+        return Claim(self.fusion, (path,), found.label(), dtype, found, choices)
 
     def keys(self, claim: Claim, device: str) -> list[CallKey]:
         """Native dtype first; then those that autocast or a cast of the whole model would bring."""
@@ -120,7 +126,22 @@ class MlpPatch:
         """Re-type the MLP."""
         form: MlpForm = claim.form  # type: ignore[assignment]
         (module,) = modules
-        retype(module, {"forward": _forward(module, form, proven, counts)}, counts)
+        methods = {"forward": _forward(module, form, proven, counts)}
+        if form.recompute:
+            methods["__call__"] = _recomputed(type(module).__call__)
+        retype(module, methods, counts)
+
+
+def _recomputed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Around the whole call, so that what other swaps do around the forward is done again as well."""
+
+    @functools.wraps(original)
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return original(self, *args, **kwargs)
+        return checkpoint(functools.partial(original, self), *args, use_reentrant=False, **kwargs)
+
+    return __call__
 
 
 def _forward(module: nn.Module, form: MlpForm, proven: Proven, counts: Counts) -> Callable[..., Any]:
@@ -145,12 +166,15 @@ def _forward(module: nn.Module, form: MlpForm, proven: Proven, counts: Counts) -
             counts.count(counts.passed_on, f"mlp: not proved for {_call_key(projected)}")
             return _child(self, down)(_activate(form, projected))
         counts.count(counts.fused, "mlp")
-        return _child(self, down)(_fused(form, projected, implementation))
+        fused = functools.partial(_fused, form, implementation)
+        activated = fused(*projected)
+        remember(activated, fused, *projected)
+        return _child(self, down)(activated)
 
     return forward
 
 
-def _fused(form: MlpForm, projected: list[torch.Tensor], implementation: str) -> torch.Tensor:
+def _fused(form: MlpForm, implementation: str, *projected: torch.Tensor) -> torch.Tensor:
     if form.layout == PLAIN:
         return activation(projected[0], form.activation, implementation=implementation)
     gate, up = _gate_and_up(projected)
@@ -158,7 +182,7 @@ def _fused(form: MlpForm, projected: list[torch.Tensor], implementation: str) ->
     return gated_linear(gate, up, activation=form.activation, layout=layout, implementation=implementation)
 
 
-def _gate_and_up(projected: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _gate_and_up(projected: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
     return projected[0], projected[1] if len(projected) == 2 else None
 
 
@@ -344,7 +368,7 @@ def _shapes(names: tuple[str, ...], inner: int, layout: str | None) -> dict[str,
 
 def _copy(module: nn.Module, names: tuple[str, ...], weights: Mapping[str, torch.Tensor]) -> nn.Module:
     """The module with narrow linears of these weights."""
-    return _replaced(module, {name: _linear(weights[name], weights.get(f"{name}.bias")) for name in names})
+    return _replaced(module, {name: linear_of(weights[name], weights.get(f"{name}.bias")) for name in names})
 
 
 def _replaced(module: nn.Module, linears: Mapping[str, nn.Module]) -> nn.Module:
@@ -354,14 +378,6 @@ def _replaced(module: nn.Module, linears: Mapping[str, nn.Module]) -> nn.Module:
         below = {name.partition(".")[2]: linear for name, linear in linears.items() if name.partition(".")[0] == first}
         children[first] = below[""] if "" in below else _replaced(module._modules[first], below)  # type: ignore[arg-type]
     return functional_copy(module, {}, children)
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    # plain attributes, not Parameters: they may be autograd leaves that a probe or an experiment made
-    del linear.weight, linear.bias
-    linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
-    return linear
 
 
 def _definition(form: MlpForm, leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:

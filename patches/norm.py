@@ -11,8 +11,11 @@ from automodel_accel.kernels.contract import Kernel, Refusal
 from automodel_accel.kernels.gated_norm import KERNEL as GATED_NORM
 from automodel_accel.kernels.gated_norm import gated_rms_norm
 from automodel_accel.kernels.layer_norm import KERNEL as LAYER_NORM
+from automodel_accel.kernels.layer_norm import features as layer_norm_features
 from automodel_accel.kernels.layer_norm import layer_norm
+from automodel_accel.kernels.recompute import remember
 from automodel_accel.kernels.rms_norm import KERNEL as RMS_NORM
+from automodel_accel.kernels.rms_norm import features as rms_norm_features
 from automodel_accel.kernels.rms_norm import rms_norm
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
 from automodel_accel.patches.norm_probe import WEIGHTLESS_SIZE, NormForm, recognise_norm
@@ -47,7 +50,7 @@ class NormPatch:
         (dtype,) = dtypes
         if not dtype.is_floating_point or dtype.itemsize < 2:
             return Refusal(path, f"its weight is {dtype}; expected a floating point type", "the original forward stays")
-        choices = context.choices(KERNELS[form.kind], dtype, form.size or 1)
+        choices = context.choices(KERNELS[form.kind], dtype, form.size or 1, _features(form, dtype))
         return Claim(self.fusion, (path,), form.label(), dtype, form, choices)
 
     def keys(self, claim: Claim, device: str) -> list[CallKey]:
@@ -100,6 +103,14 @@ class NormPatch:
         retype(module, {"forward": _forward(type(module).forward, form, proven, counts)}, counts)
 
 
+def _features(form: NormForm, dtype: torch.dtype) -> frozenset[str]:
+    """What the norm asks of its kernel where activations and parameters are of one dtype."""
+    weight, bias = (dtype if name else None for name in (form.weight, form.bias))
+    if form.kind == "rms":
+        return rms_norm_features(dtype, weight, form.offset, form.order)
+    return layer_norm_features(dtype, weight, bias, form.offset) if form.kind == "layer" else frozenset()
+
+
 def _called_a_norm(path: str, module: nn.Module) -> Refusal | None:
     """Say so where a name raises the expectation that is not met; names decide nothing else."""
     parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
@@ -113,7 +124,7 @@ def _called_a_norm(path: str, module: nn.Module) -> Refusal | None:
 
 
 def _forward(original: Callable[..., Any], form: NormForm, proven: Proven, counts: Counts) -> Callable[..., Any]:
-    compute = _computation(form)
+    compute = computation(form)
     inputs, weight_name, bias_name, eps_name = form.inputs, form.weight, form.bias, form.eps_name
 
     @functools.wraps(original)
@@ -130,7 +141,9 @@ def _forward(original: Callable[..., Any], form: NormForm, proven: Proven, count
             return original(self, *args)
         counts.count(counts.fused, "norm")
         eps = getattr(self, eps_name) if eps_name else form.eps
-        return compute(*args, weight, bias, eps, implementation)
+        output = compute(*args, weight, bias, eps, implementation)
+        remember(output, lambda *saved: compute(*saved, eps, implementation), *args, weight, bias)
+        return output
 
     return forward
 
@@ -141,7 +154,7 @@ _UNPROVED_CALL = {
 }
 
 
-def _computation(form: NormForm) -> Callable[..., torch.Tensor]:
+def computation(form: NormForm) -> Callable[..., torch.Tensor]:
     """The operation with the form's options: (*inputs, weight, bias, eps, implementation) -> y."""
     offset, order, gate_first, activation = form.offset, form.order, form.gate_first, form.activation or ""
 

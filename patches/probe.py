@@ -82,6 +82,15 @@ def functional_copy(
     return clone
 
 
+def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear with these tensors, [out, in] and [out] or None, as its own."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    # plain attributes, not Parameters: they may be autograd leaves that a probe or an experiment made
+    del linear.weight, linear.bias
+    linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
+    return linear
+
+
 def structure_key(module: nn.Module) -> Hashable:
     """Equal for modules that compute the same function up to the values of their tensors."""
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in _own_tensors(module))

@@ -19,15 +19,19 @@ from torch import nn
 
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.layer_norm import KERNEL as LAYER_NORM_KERNEL
+from automodel_accel.kernels.layer_norm import SUMS as LAYER_SUMS
 from automodel_accel.kernels.layer_norm import add_layer_norm
+from automodel_accel.kernels.recompute import region, remember
 from automodel_accel.kernels.rms_norm import ADD_KERNEL, add_rms_norm
+from automodel_accel.kernels.rms_norm.through import rms_norm_through
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
-from automodel_accel.patches.lazy_sum import LazySum, lazy, region, tensor, tensors
+from automodel_accel.patches.lazy_sum import LazySum, lazy, tensor, tensors
+from automodel_accel.patches.norm import computation
 from automodel_accel.patches.norm_probe import WEIGHTLESS_SIZE, NormForm, recognise_norm
 from automodel_accel.patches.probe import functional_copy
-from automodel_accel.patches.retype import changed_by_accelerator, forward_replaced, has_hooks, retype
+from automodel_accel.patches.retype import changed_by_accelerator, forward_replaced, has_hooks, original_class, retype
 
-FLAG = "_accel_in_layer"  # on branches and norms: (region,) of their layer while its forward runs, else None
+FLAG = "_accel_in_layer"  # on branches and norms: what is `Here` while their layer's forward runs, else None
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 SCALES = (1.0, 0.3)  # of the branch; both are proved at once
 KERNELS = {"rms": ADD_KERNEL, "layer": LAYER_NORM_KERNEL}
@@ -55,6 +59,23 @@ class LayerForm:
         return f"residual sums before {', '.join(kinds)}"
 
 
+class Here:
+    """One run of a layer's forward: where it runs, and what its norms handed on of their inputs (kernels/rms_norm/through.py)."""
+
+    def __init__(self, region: Any) -> None:
+        self.region = region
+        self._handed_on: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
+
+    def hand_on(self, x: torch.Tensor, through: torch.Tensor) -> None:
+        """`through` has the value of x, and a gradient that meets the norm's."""
+        self._handed_on[id(x)] = x, x._version, through
+
+    def instead_of(self, x: torch.Tensor) -> torch.Tensor:
+        """What was handed on of this very tensor, if it was not written to since; else the tensor."""
+        known, version, through = self._handed_on.get(id(x), (None, 0, x))
+        return through if known is x and version == x._version else x
+
+
 class ResidualPatch:
     """Matches, proves and swaps layers."""
 
@@ -80,7 +101,8 @@ class ResidualPatch:
         form = LayerForm(tuple(norms.items()), branches)
         dtype = _dtype(module, form)
         first = form.kinds()[0]
-        choices = context.choices(KERNELS[first.kind], dtype, first.size or 1)
+        features = frozenset({LAYER_SUMS} if first.kind == "layer" else ())
+        choices = context.choices(KERNELS[first.kind], dtype, first.size or 1, features)
         taken = [self._paths[id(module._modules[name])] for name in (*branches, *norms)]
         paths = (*dict.fromkeys(taken), path)
         return Claim(self.fusion, paths, form.label(), dtype, form, choices, part="residual")
@@ -121,9 +143,13 @@ class ResidualPatch:
         norm = module._modules[next(name for name, other in form.norms if other == kind)]
         assert norm is not None
 
-        def both(leaves: Mapping[str, torch.Tensor], run: Callable[[Any], Any], branch: Any) -> torch.Tensor:
+        def both(
+            leaves: Mapping[str, torch.Tensor], run: Callable[[Any], Any], branch: Any, alone: Callable[[Any], Any]
+        ) -> torch.Tensor:
             sums = [leaves["residual"] + (branch if scale == 1.0 else branch * scale) for scale in SCALES]
             pairs = [(run(h), h) for h in sums]
+            if kind.kind == "rms" and x_dtype == residual_dtype:  # else no norm takes a tensor by this call
+                pairs.append(alone(leaves["residual"]))
             return torch.cat([tensor(value).flatten() for pair in pairs for value in pair])
 
         def ours(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -131,19 +157,25 @@ class ResidualPatch:
             retype(
                 copy, {"__call__": _norm_call(type(copy).__call__, number, kind, {key: implementation}, counts)}, None
             )
-            output = both(leaves, copy, LazySum(leaves["x"]))
+            here = Here(None)
+
+            def alone(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                return _norm_through(copy, kind, x, here, implementation), here.instead_of(x)
+
+            output = both(leaves, copy, LazySum(leaves["x"]), alone)
             if counts.fused[self.fusion] != len(SCALES):
                 raise RuntimeError(f"the swapped norm did not take the fused path: {dict(counts.passed_on)}")
             return output
 
+        def plain(leaves: Mapping[str, torch.Tensor], run: Callable[[Any], Any]) -> torch.Tensor:
+            return both(leaves, run, leaves["x"], lambda x: (run(x), x))
+
         return Experiment(
             inputs={name: drawn.to(device) for name, drawn in _draw(kind).items()},
             dtypes={**dict.fromkeys(kind.parameters, weight_dtype), "x": x_dtype, "residual": residual_dtype},
-            theirs=lambda leaves: both(leaves, functional_copy(norm, _parameters(kind, leaves)), leaves["x"]),
+            theirs=lambda leaves: plain(leaves, functional_copy(norm, _parameters(kind, leaves))),
             ours=ours,
-            truth=lambda leaves: both(
-                leaves, lambda h: kind.definition()(h, *_parameters(kind, leaves).values()), leaves["x"]
-            ),
+            truth=lambda leaves: plain(leaves, lambda h: kind.definition()(h, *_parameters(kind, leaves).values())),
             autocast=(x_dtype if x_dtype in LOW_PRECISION else torch.bfloat16) if autocast else None,
         )
 
@@ -177,7 +209,7 @@ def _layer_forward(original: Callable[..., Any], form: LayerForm, writes: bool, 
         if any(has_hooks(child) for name, child in self._modules.items() if child is not None and name not in ours):
             counts.count(counts.passed_on, "residual: a child of the layer has hooks, which need tensors")
             return original(self, *args, **kwargs)
-        here = (region(),)
+        here = Here(region())
         for child in children:
             setattr(child, FLAG, here)
         try:
@@ -206,7 +238,8 @@ def _branch_call(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _is_in_layer(child: nn.Module) -> bool:
     """Whether the child was called by the layer itself, and not again by a checkpoint inside of the layer."""
-    return getattr(child, FLAG, None) == (region(),)
+    here: Here | None = getattr(child, FLAG, None)
+    return here is not None and here.region == region()
 
 
 def _norm_call(
@@ -217,7 +250,8 @@ def _norm_call(
     @functools.wraps(original)
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs or not isinstance(args[0], LazySum):
-            return branch_call(self, *args, **kwargs)
+            found = None if len(args) != 1 or kwargs else _norm_and_input(self, number, form, args[0], proven, counts)
+            return branch_call(self, *args, **kwargs) if found is None else lazy(found)
         parts = args[0].parts
         if parts is None:
             return branch_call(self, args[0].tensor)
@@ -225,11 +259,46 @@ def _norm_call(
         if implementation is None:
             return branch_call(self, args[0].tensor)
         counts.count(counts.fused, ResidualPatch.fusion)
+        here: Here | None = getattr(self, FLAG, None)
+        if here is not None:
+            parts = parts[0], here.instead_of(parts[1]), parts[2]
         y, h = _sum_and_norm(self, form, parts, implementation)
         args[0].settle(h)
         return lazy(y) if _is_in_layer(self) else y
 
     return __call__
+
+
+def _norm_and_input(
+    norm: nn.Module, number: int, form: NormForm, x: Any, proven: Proven, counts: Counts
+) -> torch.Tensor | None:
+    """The norm of a tensor that the layer may add to a branch later; None where only the norm itself can be right."""
+    if form.kind != "rms" or type(x) is not torch.Tensor or not x.requires_grad or torch.compiler.is_compiling():
+        return None
+    by_kernel = type(norm).forward is not original_class(norm).forward
+    if not by_kernel or not _is_in_layer(norm) or _is_watched(norm):
+        return None
+    implementation = proven.get((number, *_call_key(norm, form, x, x, 1.0)))
+    if implementation is None:
+        return None
+    counts.count(counts.fused, "norm")
+    return _norm_through(norm, form, x, getattr(norm, FLAG), implementation)
+
+
+def _is_watched(norm: nn.Module) -> bool:
+    """Whether calling the norm does something else than its class's forward."""
+    return has_hooks(norm) or "forward" in vars(norm)
+
+
+def _norm_through(norm: nn.Module, form: NormForm, x: torch.Tensor, here: Here, implementation: str) -> torch.Tensor:
+    weight = getattr(norm, form.weight) if form.weight else None
+    eps = getattr(norm, form.eps_name) if form.eps_name else form.eps
+    options: dict[str, Any] = {"offset": form.offset, "order": form.order, "implementation": implementation}
+    y, through = rms_norm_through(x, weight, eps, **options)
+    again = computation(form)
+    remember(y, lambda x, weight: again(x, weight, None, eps, implementation), x, weight)
+    here.hand_on(x, through)
+    return y
 
 
 def _proven_for(
@@ -241,7 +310,7 @@ def _proven_for(
     counts: Counts,
 ) -> str | None:
     """The implementation for this call, or None, counted."""
-    if has_hooks(norm) or "forward" in vars(norm):
+    if _is_watched(norm):
         counts.count(counts.passed_on, "residual: the norm has hooks, or a forward of its own")
         return None
     if not torch.is_grad_enabled():
@@ -283,8 +352,12 @@ def _sum_and_norm(
         "implementation": implementation,
     }
     if form.kind == "layer":
-        return add_layer_norm(branch, residual, weight, bias, eps, **options)
-    return add_rms_norm(branch, residual, weight, eps, **options)
+        y, h = add_layer_norm(branch, residual, weight, bias, eps, **options)
+    else:
+        y, h = add_rms_norm(branch, residual, weight, eps, **options)
+    again = computation(form)
+    remember(y, lambda *saved: again(*saved, eps, implementation), h, weight, bias)
+    return y, h
 
 
 def _writes_in_place(layer: type[nn.Module]) -> bool:

@@ -81,7 +81,8 @@ def test_wheel_holds_every_module_and_nothing_else(checkout: Path) -> None:
     wheel = build(checkout, "build_wheel")
     names = set(zipfile.ZipFile(wheel).namelist())
     code = {name for name in names if ".dist-info/" not in name}
-    assert code == sources(checkout) | {"automodel_accel/py.typed"}
+    data = {"automodel_accel/py.typed", "automodel_accel/kernels/preference.json"}
+    assert code == sources(checkout) | data
     assert any(name.endswith("licenses/LICENSE") for name in names)
     package, module, _ = use(unpacked(wheel))
     assert Path(package).is_relative_to(wheel.parent)

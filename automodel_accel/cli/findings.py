@@ -39,7 +39,7 @@ def examine(facts: Facts) -> tuple[str, list[str]]:
         table("Needed", ("package", "installed", "at least"), _version_rows(versions)),
         table(
             f"Kernels, as chosen for {str(dtype).removeprefix('torch.')} on {facts.device}",
-            ("operation", "runs by", "passed over, because"),
+            ("operation", "runs by", "why, and what was passed over"),
             _kernel_rows(facts, dtype),
         ),
         table("Optional", ("package", "installed", "brings"), _optional_rows(facts)),
@@ -100,7 +100,8 @@ def _kernel_rows(facts: Facts, dtype: torch.dtype) -> list[tuple[str, ...]]:
     for kernel in _kernels():
         choice = choose(kernel, facts, Spec(facts.device, dtype, ROWS_OF[kernel.name]))
         refused = "; ".join(f"{no.what.removeprefix(kernel.name + ': ')}: {no.reason}" for no in choice.refused)
-        rows.append((kernel.name, choice.winner.name if choice.winner else "the original", refused or "nothing"))
+        said = "\n".join(filter(None, (choice.why, refused)))
+        rows.append((kernel.name, choice.winner.name if choice.winner else "the original", said))
     return rows
 
 

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from automodel_accel.kernels.launch import cdiv
+
 BLOCK = 1024
 WARPS = 4
 
@@ -105,7 +107,7 @@ def forward(x_NF: torch.Tensor, name: str) -> torch.Tensor:
     n_rows, n_cols = _rows_and_cols(x_NF)
     if y_NF.numel() == 0:
         return y_NF
-    tiles_per_row = triton.cdiv(n_cols, BLOCK)
+    tiles_per_row = cdiv(n_cols, BLOCK)
     activation_fwd_kernel[(n_rows * tiles_per_row,)](
         x_NF,
         y_NF,
@@ -126,7 +128,7 @@ def backward(grad_output_NF: torch.Tensor, kept_NF: torch.Tensor, name: str) -> 
     n_rows, n_cols = _rows_and_cols(grad_output_NF, kept_NF)
     if grad_x_NF.numel() == 0:
         return grad_x_NF
-    tiles_per_row = triton.cdiv(n_cols, BLOCK)
+    tiles_per_row = cdiv(n_cols, BLOCK)
     activation_bwd_kernel[(n_rows * tiles_per_row,)](
         grad_output_NF,
         kept_NF,

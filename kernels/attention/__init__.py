@@ -10,18 +10,32 @@ Source: Vaswani et al., "Attention Is All You Need", 2017; Ainslie et al., "GQA"
 """
 
 import functools
-import importlib
 from typing import Any
 
 import torch
 
 from automodel_accel.kernels.attention import measure, reference, sdpa
-from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, Spec, choose
+from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, Spec, choose, load
 from automodel_accel.kernels.facts import this_machine
 from automodel_accel.kernels.registration import Definition, register
 
 WIDE = frozenset({torch.float32, torch.float64})
 NARROW = frozenset({torch.bfloat16, torch.float16})
+
+
+def _flash(name: str, needs: str | None, archs: tuple[str, ...], max_size: int, more: frozenset[str]) -> Implementation:
+    """An implementation by the flash kernels of a package, or of torch; see flash.py."""
+    return Implementation(
+        name=name,
+        module=f"automodel_accel.kernels.attention.{name}",
+        devices=frozenset({"cuda"}),
+        dtypes=NARROW,
+        max_size=max_size,
+        needs=needs,
+        archs=archs,
+        features=frozenset({"windows", "documents", "values of another width"}) | more,
+    )
+
 
 KERNEL = Kernel(
     name="attention",
@@ -41,6 +55,10 @@ KERNEL = Kernel(
             dtypes=WIDE | NARROW,
             features=frozenset({"windows", "documents", "values of another width"}),
         ),
+        _flash("varlen", None, ("sm_8", "sm_9", "sm_10", "sm_12"), 256, frozenset()),
+        _flash("flash3", "flash-attn-3", ("sm_90",), 256, frozenset({"soft-caps"})),
+        _flash("flash4", "flash-attn-4", ("sm_90", "sm_10", "sm_11"), 128, frozenset({"soft-caps", "sinks"})),
+        _flash("flash2", "flash-attn", ("sm_8", "sm_9", "sm_10", "sm_12"), 256, frozenset({"soft-caps"})),
         Implementation(
             name="torch",
             module="automodel_accel.kernels.attention.blocks",
@@ -51,7 +69,8 @@ KERNEL = Kernel(
     ),
 )
 BY_NAME = {implementation.name: implementation for implementation in KERNEL.implementations}
-_TILED = frozenset({"packed", "torch"})  # those with a forward and a backward; "sdpa" differentiates itself
+_TILED = frozenset(BY_NAME) - {"sdpa"}  # those with a forward and a backward; "sdpa" differentiates itself
+BUILT_IN = tuple(one.name for one in KERNEL.implementations if one.needs is None)
 
 
 def attention(
@@ -85,7 +104,7 @@ def attention(
         mask: [B or 1, H or 1, S, T]: bool, True where visible, or numbers added to the scores; it gets no
             gradient.
         dropout_p: Probability with which a weight is dropped.
-        implementation: "auto", "sdpa", "packed" or "torch".
+        implementation: "auto", "sdpa", "packed", "varlen", "flash2", "flash3", "flash4" or "torch".
         among: The implementations that "auto" may take; all by default.
 
     Returns:
@@ -197,8 +216,8 @@ def _winner(
     among: tuple[str, ...] | None,
 ) -> str:
     named = (among or tuple(BY_NAME)) if implementation == AUTO else (implementation,)
-    if torch.compiler.is_compiling():
-        return _first(query, features, named)
+    if torch.compiler.is_compiling():  # which packages there are is not asked in a trace
+        return _first(query, features, BUILT_IN if implementation == AUTO and among is None else named)
     names = able(query.device.type, query.dtype, max(query.shape[-1], value.shape[-1]), features, named)
     if len(names) == 1 or torch.are_deterministic_algorithms_enabled():
         return names[0]
@@ -214,9 +233,10 @@ def _winner(
     return measure.fastest(kind, names)
 
 
-def _output_like(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    batch, heads, queries, _ = query.shape
-    return query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
+def _token_major_like(x: torch.Tensor, width: int) -> torch.Tensor:
+    """[B, H, S, width] in the memory order [B, S, H, width], in which projections write their outputs and read their gradients."""
+    batch, heads, tokens, _ = x.shape
+    return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
 def _forward(
@@ -232,7 +252,7 @@ def _forward(
     softcap: float | None,
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    module = importlib.import_module(BY_NAME[implementation].module)
+    module = load(KERNEL, BY_NAME[implementation])
     with torch.autocast(query.device.type, enabled=False):
         return module.forward(query, key, value, sinks, documents, mask, scale, causal, window, softcap)  # type: ignore[no-any-return]
 
@@ -251,7 +271,9 @@ def _fake_forward(
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (2, *query.shape[:3]) if implementation == "torch" else query.shape[:3]
-    return _output_like(query, value), query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
+    return _token_major_like(query, value.shape[-1]), query.new_empty(
+        shape, dtype=torch.promote_types(query.dtype, torch.float32)
+    )
 
 
 def _backward(
@@ -270,11 +292,11 @@ def _backward(
     softcap: float | None,
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    module = importlib.import_module(BY_NAME[implementation].module)
+    module = load(KERNEL, BY_NAME[implementation])
     inputs = grad_output, query, key, value, sinks, documents, mask, output, sums
     with torch.autocast(query.device.type, enabled=False):
         *found, grad_sinks = module.backward(*inputs, scale, causal, window, softcap)
-    grad_query, grad_key, grad_value = (gradient.contiguous() for gradient in found)
+    grad_query, grad_key, grad_value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in found)
     return grad_query, grad_key, grad_value, query.new_empty(0) if grad_sinks is None else grad_sinks
 
 
@@ -294,7 +316,7 @@ def _fake_backward(
     softcap: float | None,
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    like = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
+    like = [_token_major_like(tensor, tensor.shape[-1]) for tensor in (query, key, value)]
     return like[0], like[1], like[2], query.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
 
 

@@ -106,7 +106,8 @@ def backward(
     pattern = Pattern(scale, causal, window, softcap, documents_BS, mask)
     wide = sums_2BHS.dtype
     peak_BHS, total_BHS = sums_2BHS
-    grad_query_BHSD = torch.empty_like(query_BHSD, memory_format=torch.contiguous_format)
+    token_major = query_BHSD.transpose(1, 2).shape
+    grad_query_BHSD = query_BHSD.new_empty(token_major).transpose(1, 2)
     # what many tiles add to, in float64 where the device has it
     exact = wide if query_BHSD.device.type == "mps" else torch.float64
     grad_key_BKTD = torch.zeros(key_BKTD.shape, dtype=exact, device=key_BKTD.device)

@@ -60,7 +60,8 @@ def backward(
     grad_output, output = (_widened(x, query.shape[-1]) for x in (grad_output_BHSE, output_BHSE))
     # where tiles share keys their gradients are added up, in float32
     wide = torch.promote_types(key.dtype, torch.float32) if window is not None else key.dtype
-    grad_query = torch.empty(query.shape, dtype=query.dtype)
+    token_major = query.transpose(1, 2).shape
+    grad_query = query.new_empty(token_major).transpose(1, 2)
     grad_key, grad_value = (torch.zeros(x.shape, dtype=wide) for x in (key, value))
     for tile in _tiles(query, key, causal, window, documents_BS):
         at, keys = _places(tile)

@@ -130,6 +130,8 @@ def _check_shapes(
     if top_k_weights.shape != top_k_index.shape:
         came = f"top_k_weights are {tuple(top_k_weights.shape)}, top_k_index is {tuple(top_k_index.shape)}"
         raise ValueError(f"experts: {came}; expected the same shape.")
+    if not hidden_states.is_floating_point():
+        raise ValueError(f"experts: hidden_states are {hidden_states.dtype}; expected a floating dtype.")
     size_in, size_out = (up.shape[1], down.shape[2]) if is_transposed else (up.shape[2], down.shape[1])
     if not hidden_states.shape[1] == size_in == size_out or up.dtype != down.dtype or up.shape[0] != down.shape[0]:
         came = f"up is {tuple(up.shape)} {up.dtype}, down is {tuple(down.shape)} {down.dtype}"

@@ -14,6 +14,7 @@ from automodel_accel.kernels.activation.fused import activate as activate_and_sl
 from automodel_accel.kernels.activation.fused import differentiate as differentiate_plain
 from automodel_accel.kernels.gated_linear import fused as gated
 from automodel_accel.kernels.gated_linear.reference import LAYOUTS, split
+from automodel_accel.kernels.launch import cdiv
 
 BLOCK = 1024
 WARPS = 4
@@ -136,7 +137,7 @@ def combine(
     out_TD = y_SD.new_empty(n_tokens, y_SD.shape[1], dtype=dtype)
     if out_TD.numel() == 0:
         return out_TD
-    tiles_per_row = triton.cdiv(y_SD.shape[1], BLOCK)
+    tiles_per_row = cdiv(y_SD.shape[1], BLOCK)
     combine_kernel[(n_tokens * tiles_per_row,)](
         y_SD,
         y_SD if weights_TK is None else weights_TK,
@@ -195,7 +196,7 @@ def differentiate(
 def sum_rows(x_SN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
     """The sum of the rows of each group, [E, N]."""
     sums_EN = x_SN.new_empty(offsets_E.shape[0], x_SN.shape[1])
-    sum_rows_kernel[(offsets_E.shape[0], triton.cdiv(x_SN.shape[1], GROUP_BLOCK))](
+    sum_rows_kernel[(offsets_E.shape[0], cdiv(x_SN.shape[1], GROUP_BLOCK))](
         x_SN,
         offsets_E,
         sums_EN,

@@ -16,20 +16,34 @@ from typing import Any
 
 import torch
 
-from automodel_accel.kernels.contract import AUTO, Kernel, implementation_module, in_torch, in_triton, unknown_name
+from automodel_accel.kernels.contract import (
+    AUTO,
+    Kernel,
+    implementation_module,
+    in_liger,
+    in_torch,
+    in_triton,
+    unknown_name,
+)
 from automodel_accel.kernels.gated_linear import reference
 from automodel_accel.kernels.launch import rows
 from automodel_accel.kernels.registration import Definition, register
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+FEATURES = {name: frozenset({name}) for name in ACTIVATIONS}  # each is one, in the kernel's words
 LAYOUTS = reference.LAYOUTS
 
 KERNEL = Kernel(
     name="gated_linear",
     reference=reference.gated_linear,
     implementations=(
-        in_triton("automodel_accel.kernels.gated_linear.fused"),
-        in_torch("automodel_accel.kernels.gated_linear.eager"),
+        in_triton("automodel_accel.kernels.gated_linear.fused", features=frozenset(ACTIVATIONS)),
+        in_torch("automodel_accel.kernels.gated_linear.eager", features=frozenset(ACTIVATIONS)),
+        in_liger(
+            "automodel_accel.kernels.gated_linear.liger",
+            frozenset(ACTIVATIONS),
+            {"gelu": "approximates gelu by tanh, where this model has erf"},
+        ),
     ),
 )
 
@@ -49,7 +63,7 @@ def gated_linear(
         up: [..., F] of gate's dtype, or None.
         activation: "silu", "gelu" (by erf) or "gelu_tanh".
         layout: Which half of a packed tensor is the gate: the first in "gate_up", the second in "up_gate".
-        implementation: "auto", "triton" or "torch".
+        implementation: "auto", "triton", "liger" or "torch".
 
     Returns:
         [..., F] in gate's dtype.
@@ -77,14 +91,15 @@ def _out_shape(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[int, ...]:
     return (*gate.shape[:-1], gate.shape[-1] // 2) if up is None else tuple(gate.shape)
 
 
-def _module(gate: torch.Tensor, implementation: str) -> Any:
-    return implementation_module(KERNEL, gate.device.type, gate.dtype, gate.shape[-1], implementation)
+def _module(gate: torch.Tensor, activation: str, implementation: str) -> Any:
+    asked = FEATURES[activation]
+    return implementation_module(KERNEL, gate.device.type, gate.dtype, gate.shape[-1], implementation, asked)
 
 
 def _forward(
     gate: torch.Tensor, up: torch.Tensor | None, activation: str, layout: str, implementation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y_NF = _module(gate, implementation).forward(*_gate_and_up(gate, up, layout), activation)
+    y_NF = _module(gate, activation, implementation).forward(*_gate_and_up(gate, up, layout), activation)
     return y_NF.view(_out_shape(gate, up)), gate.new_empty(0)  # torch.library mistakes a tuple of one for a tensor
 
 
@@ -105,7 +120,7 @@ def _backward(
     grad_gate, grad_up = _fake_backward(grad_output, gate, up, activation, layout, implementation)
     grads_NF = _gate_and_up(grad_gate, None if up is None else grad_up, layout)
     inputs_NF = _gate_and_up(gate, up, layout)
-    _module(gate, implementation).backward(rows(grad_output), *inputs_NF, activation, *grads_NF)
+    _module(gate, activation, implementation).backward(rows(grad_output), *inputs_NF, activation, *grads_NF)
     return grad_gate, grad_up
 
 

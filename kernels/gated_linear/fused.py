@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from automodel_accel.kernels.activation.fused import activate
+from automodel_accel.kernels.launch import cdiv
 
 BLOCK = 1024
 WARPS = 4
@@ -76,7 +77,7 @@ def forward(gate_NF: torch.Tensor, up_NF: torch.Tensor, activation: str) -> torc
     n_rows, n_cols = _rows_and_cols(gate_NF, up_NF)
     if y_NF.numel() == 0:
         return y_NF
-    tiles_per_row = triton.cdiv(n_cols, BLOCK)
+    tiles_per_row = cdiv(n_cols, BLOCK)
     gated_linear_fwd_kernel[(n_rows * tiles_per_row,)](
         gate_NF,
         up_NF,
@@ -106,7 +107,7 @@ def backward(
     n_rows, n_cols = _rows_and_cols(*tensors)
     if gate_NF.numel() == 0:
         return
-    tiles_per_row = triton.cdiv(n_cols, BLOCK)
+    tiles_per_row = cdiv(n_cols, BLOCK)
     gated_linear_bwd_kernel[(n_rows * tiles_per_row,)](
         *tensors,
         n_cols,

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from automodel_accel.kernels.launch import persistent_programs, prefetch_stages, row_warps
+from automodel_accel.kernels.launch import next_power_of_2, persistent_programs, prefetch_stages, row_warps
+from automodel_accel.kernels.rms_norm.fused import sum_partials
 
 PROGRAMS_PER_PROCESSOR = 2
 # in backward, a thread has 128 registers, of 64 a row of 8192 would spill; and of a row longer than WIDE a multiprocessor holds
@@ -77,6 +78,12 @@ def _slope(gate, sigmoid, SILU: tl.constexpr):
 
 
 @triton.jit
+def _sigmoid_again(gate):
+    # tl.sigmoid, in a form that the compiler does not take for it: that one need not stay in registers until here
+    return 1.0 / (1.0 + tl.exp2(gate * -1.4426950408889634))  # 1 / ln 2
+
+
+@triton.jit
 def gated_rms_norm_bwd_kernel(
     DY,
     X,
@@ -139,6 +146,12 @@ def gated_rms_norm_bwd_kernel(
         if HAS_WEIGHT:
             dy = dy * w.to(tl.float32)
         along_normed = tl.sum(dy * normed, 0) / n_cols
+        if GATE_FIRST:
+            sigmoid = _sigmoid_again(gate)
+            activated = sigmoid
+            if SILU:
+                activated = gate * sigmoid
+            normed = x * activated * rstd
         dx = (dy - normed * along_normed) * rstd
         if GATE_FIRST:
             dgate = dx * x * _slope(gate, sigmoid, SILU)
@@ -165,7 +178,7 @@ def forward(
     rstd_N = torch.empty(n_rows, dtype=torch.float32, device=x_NH.device)
     if n_rows == 0:
         return y_NH, rstd_N
-    block = triton.next_power_of_2(n_cols)
+    block = next_power_of_2(n_cols)
     programs = min(n_rows, persistent_programs(x_NH.device, PROGRAMS_PER_PROCESSOR))
     gated_rms_norm_fwd_kernel[(programs,)](
         x_NH,
@@ -203,10 +216,10 @@ def backward(
     order: str,
     needs_grad_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return grad_x and grad_gate [N, H] in x's dtype, and grad_weight [H] in float32 (None where not needed)."""
+    """Return grad_x and grad_gate [N, H] in x's dtype, and grad_weight [H] in the weight's (None where not needed)."""
     n_rows, n_cols = x_NH.shape
     grad_x_NH, grad_gate_NH = (torch.empty(n_rows, n_cols, dtype=x_NH.dtype, device=x_NH.device) for _ in range(2))
-    block = triton.next_power_of_2(n_cols)
+    block = next_power_of_2(n_cols)
     programs = min(n_rows, persistent_programs(x_NH.device, PROGRAMS_PER_PROCESSOR if block <= WIDE else 1))
     dw_PH = x_NH.new_empty(programs, n_cols, dtype=torch.float32) if needs_grad_weight else None
     if n_rows > 0:
@@ -236,7 +249,9 @@ def backward(
             num_warps=min(row_warps(block), BACKWARD_WARPS),
             enable_fp_fusion=True,
         )
-    return grad_x_NH, grad_gate_NH, None if dw_PH is None else dw_PH.sum(0)
+    if dw_PH is None or weight_H is None:
+        return grad_x_NH, grad_gate_NH, None
+    return grad_x_NH, grad_gate_NH, sum_partials(dw_PH, weight_H.dtype)
 
 
 def _rounds_product(x_NH: torch.Tensor, weight_H: torch.Tensor | None, order: str) -> bool:

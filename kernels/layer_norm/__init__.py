@@ -12,23 +12,53 @@ dx plus the gradient that h receives elsewhere. Source: Ba, Kiros and Hinton, "L
 Saved for backward: x (or h), and two floats per row. Floor: 2 passes over x forward, 3 backward; with the residual 4 and 4.
 """
 
+import functools
 from typing import Any
 
 import torch
 
-from automodel_accel.kernels.contract import AUTO, Kernel, implementation_module, in_torch, in_triton
+from automodel_accel.kernels.contract import AUTO, Kernel, implementation_module, in_liger, in_te, in_torch, in_triton
 from automodel_accel.kernels.launch import rows
 from automodel_accel.kernels.layer_norm import reference
 from automodel_accel.kernels.registration import Definition, register
 
 ORDERS = ("mul_then_cast",)
+NO_WEIGHT = "norms without a weight"
+NO_BIAS = "norms without a bias"
+OFFSETS = "offsets"
+MIXED = "parameters of another dtype"
+SUMS = "residual sums"
+FEATURES = frozenset({NO_WEIGHT, NO_BIAS, OFFSETS, MIXED, SUMS})
 
 KERNEL = Kernel(
     name="layer_norm",
     reference=reference.layer_norm,
     implementations=(
-        in_triton("automodel_accel.kernels.layer_norm.fused", max_size=65536),
-        in_torch("automodel_accel.kernels.layer_norm.eager"),
+        in_triton("automodel_accel.kernels.layer_norm.fused", max_size=65536, features=FEATURES),
+        in_torch("automodel_accel.kernels.layer_norm.eager", features=FEATURES),
+        in_te(
+            "automodel_accel.kernels.layer_norm.te",
+            FEATURES,
+            {
+                NO_WEIGHT: "asks for a weight",
+                NO_BIAS: "asks for a bias",
+                OFFSETS: "adds the offset in float32, where this model rounds the sum",
+                MIXED: "asks for parameters of x's dtype",
+                SUMS: "norms one tensor, not a sum",
+            },
+        ),
+        in_liger(
+            "automodel_accel.kernels.layer_norm.liger",
+            FEATURES,
+            {
+                NO_WEIGHT: "asks for a weight",
+                NO_BIAS: "asks for a bias",
+                OFFSETS: "adds no offset",
+                SUMS: "norms one tensor, not a sum",
+            },
+            # in float32 a row of equal elements shows how its mean was rounded, 1000 times torch's error
+            dtypes=frozenset({torch.bfloat16, torch.float16}),
+        ),
     ),
 )
 
@@ -52,7 +82,7 @@ def layer_norm(
         eps: Added to the variance.
         offset: Added to the weight, in the weight's dtype; 1.0 for models that store weight - 1.
         order: "mul_then_cast", the only one: the result is rounded once.
-        implementation: "auto", "triton" or "torch".
+        implementation: "auto", "triton", "te", "liger" or "torch".
 
     Returns:
         [..., H] in x's dtype.
@@ -116,8 +146,36 @@ def _check(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | No
         raise ValueError(f"layer_norm: order {order!r} is unknown; expected one of {ORDERS}.")
 
 
-def _module(x: torch.Tensor, implementation: str) -> Any:
-    return implementation_module(KERNEL, x.device.type, x.dtype, x.shape[-1], implementation)
+@functools.cache
+def features(
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    offset: float = 0.0,
+    summed: bool = False,
+) -> frozenset[str]:
+    """What a norm of x in `dtype` asks for beyond the plain one; None is the dtype of a parameter that is not there."""
+    asked = {
+        NO_WEIGHT: weight_dtype is None,
+        NO_BIAS: bias_dtype is None,
+        OFFSETS: offset != 0.0,
+        MIXED: any(other not in (None, dtype) for other in (weight_dtype, bias_dtype)),
+        SUMS: summed,
+    }
+    return frozenset(name for name, wanted in asked.items() if wanted)
+
+
+def _module(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    offset: float,
+    summed: bool,
+    implementation: str,
+) -> Any:
+    dtypes = (None if parameter is None else parameter.dtype for parameter in (weight, bias))
+    asked = features(x.dtype, *dtypes, offset, summed)
+    return implementation_module(KERNEL, x.device.type, x.dtype, x.shape[-1], implementation, asked)
 
 
 def _forward(
@@ -128,7 +186,8 @@ def _forward(
     offset: float,
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y_NH, _, mean_N, rstd_N = _module(x, implementation).forward(rows(x), None, weight, bias, eps, 1.0, offset)
+    module = _module(x, weight, bias, offset, False, implementation)
+    y_NH, _, mean_N, rstd_N = module.forward(rows(x), None, weight, bias, eps, 1.0, offset)
     return y_NH.view(x.shape), mean_N, rstd_N
 
 
@@ -157,7 +216,7 @@ def _forward_add(
     offset: float,
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    forward = _module(x, implementation).forward
+    forward = _module(x, weight, bias, offset, True, implementation).forward
     y_NH, h_NH, mean_N, rstd_N = forward(rows(x), rows(residual), weight, bias, eps, scale, offset)
     return y_NH.view(x.shape), h_NH.view(x.shape), mean_N, rstd_N
 
@@ -189,7 +248,8 @@ def _backward(
     needs_grad_weight: bool,
     needs_grad_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_sum, grad_weight, grad_bias = _module(h, implementation).backward(
+    summed = grad_h is not None
+    grad_sum, grad_weight, grad_bias = _module(h, weight, bias, offset, summed, implementation).backward(
         rows(grad_y),
         None if grad_h is None else rows(grad_h),
         rows(h),

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from automodel_accel.kernels.launch import persistent_programs, prefetch_stages, row_warps
+from automodel_accel.kernels.launch import next_power_of_2, persistent_programs, prefetch_stages, row_warps
+from automodel_accel.kernels.rms_norm.fused import sum_partials
 
 PROGRAMS_PER_PROCESSOR = 2
 # in backward, a thread has 128 registers, of 64 a row of 8192 would spill; and of a row longer than WIDE a multiprocessor holds
@@ -153,7 +154,7 @@ def forward(
     mean_N, rstd_N = (torch.empty(n_rows, dtype=torch.float32, device=x_NH.device) for _ in range(2))
     if n_rows == 0:
         return y_NH, h_NH, mean_N, rstd_N
-    block = triton.next_power_of_2(n_cols)
+    block = next_power_of_2(n_cols)
     programs = min(n_rows, persistent_programs(x_NH.device, PROGRAMS_PER_PROCESSOR))
     layer_norm_fwd_kernel[(programs,)](
         x_NH,
@@ -195,10 +196,10 @@ def backward(
     needs_grad_weight: bool,
     needs_grad_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradient of h in its dtype, and those of weight and bias in float32 (None where not needed)."""
+    """Return the gradients of h and of weight in their dtypes, that of bias in float32 (None where not needed)."""
     n_rows, n_cols = h_NH.shape
     grad_NH = torch.empty(n_rows, n_cols, dtype=h_NH.dtype, device=h_NH.device)
-    block = triton.next_power_of_2(n_cols)
+    block = next_power_of_2(n_cols)
     programs = min(n_rows, persistent_programs(h_NH.device, PROGRAMS_PER_PROCESSOR if block <= WIDE else 1))
     dw_PH, db_PH = (
         h_NH.new_empty(programs, n_cols, dtype=torch.float32) if needed else None
@@ -231,7 +232,8 @@ def backward(
             num_warps=min(row_warps(block), BACKWARD_WARPS),
             enable_fp_fusion=True,
         )
-    return grad_NH, None if dw_PH is None else dw_PH.sum(0), None if db_PH is None else db_PH.sum(0)
+    grad_weight_H = None if dw_PH is None or weight_H is None else sum_partials(dw_PH, weight_H.dtype)
+    return grad_NH, grad_weight_H, None if db_PH is None else sum_partials(db_PH, torch.float32)
 
 
 def _row_bytes(*tensors: torch.Tensor | None) -> int:

@@ -100,7 +100,8 @@ def linear_cross_entropy(
     """
     tensors = Tensors(hidden, weight, bias, lora_x, lora_b)
     _check_tensors(tensors, target)
-    _check_options(softcap, label_smoothing, reduction, num_items, valid_rows, workspace_bytes)
+    check_options("linear_cross_entropy", softcap, label_smoothing, reduction, num_items)
+    _check_bounds(valid_rows, workspace_bytes)
     if num_items is not None and not isinstance(num_items, torch.Tensor):
         num_items = hidden.new_full((), num_items, dtype=compute_dtype(hidden), requires_grad=False)
     differentiated = torch.is_grad_enabled()
@@ -149,34 +150,41 @@ def _check_tensors(tensors: Tensors, target: torch.Tensor) -> None:
         raise error("lora_b", lora_b, f"{shape} {lora_x.dtype}, as lora_x {tuple(lora_x.shape)}")
 
 
-def _check_options(
+def check_options(
+    name: str,
     softcap: float | None,
     label_smoothing: float,
     reduction: str,
     num_items: float | torch.Tensor | None,
-    valid_rows: int | None,
-    workspace_bytes: int | None,
 ) -> None:
+    """Raise a ValueError for options that no loss takes; `name` is the operation's."""
     if reduction not in REDUCTIONS:
-        raise ValueError(f"linear_cross_entropy: reduction {reduction!r} is unknown; expected one of {REDUCTIONS}.")
+        raise ValueError(f"{name}: reduction {reduction!r} is unknown; expected one of {REDUCTIONS}.")
     if softcap is not None and not softcap > 0:
-        raise ValueError(
-            f"linear_cross_entropy: softcap is {softcap}, expected a positive number, or None for no soft-cap."
-        )
+        raise ValueError(f"{name}: softcap is {softcap}, expected a positive number, or None for no soft-cap.")
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(
-            f"linear_cross_entropy: label_smoothing is {label_smoothing}, expected a share between 0 and 1."
-        )
+        raise ValueError(f"{name}: label_smoothing is {label_smoothing}, expected a share between 0 and 1.")
     if num_items is not None and reduction != "mean":
-        raise ValueError(
-            f"linear_cross_entropy: num_items divides a mean, but reduction is {reduction!r}; leave one of them out."
-        )
+        raise ValueError(f"{name}: num_items divides a mean, but reduction is {reduction!r}; leave one of them out.")
     if isinstance(num_items, torch.Tensor) and num_items.dim():
-        raise ValueError(
-            f"linear_cross_entropy: num_items has shape {tuple(num_items.shape)}, expected a number or a 0-d tensor."
-        )
+        raise ValueError(f"{name}: num_items has shape {tuple(num_items.shape)}, expected a number or a 0-d tensor.")
     if isinstance(num_items, int | float) and not num_items > 0:
-        raise ValueError(f"linear_cross_entropy: num_items is {num_items}, expected a positive number.")
+        raise ValueError(f"{name}: num_items is {num_items}, expected a positive number.")
+
+
+def check_targets(name: str, target: torch.Tensor, classes: int, ignore_index: int) -> int:
+    """Raise a ValueError that names a target out of range; else return how many count. Only on a CPU: it reads values."""
+    counting = target[target != ignore_index]
+    wrong = counting[(counting < 0) | (counting >= classes)]
+    if wrong.numel():
+        raise ValueError(
+            f"{name}: target {wrong[0].item()} is no class; expected 0 to {classes - 1}, "
+            f"or ignore_index={ignore_index} for a token that does not count."
+        )
+    return counting.numel()
+
+
+def _check_bounds(valid_rows: int | None, workspace_bytes: int | None) -> None:
     if valid_rows is not None and valid_rows < 0:
         raise ValueError(f"linear_cross_entropy: valid_rows is {valid_rows}, expected a number of targets.")
     if workspace_bytes is not None and workspace_bytes < 1:
@@ -216,7 +224,11 @@ def _forward(
     )
     options = Options(*given)
     if target.device.type == "cpu":
-        _check_targets(target, weight.shape[0], options)
+        count = check_targets("linear_cross_entropy", target, weight.shape[0], ignore_index)
+        if valid_rows is not None and count > valid_rows:
+            raise ValueError(
+                f"linear_cross_entropy: {count} targets count, but valid_rows promises at most {valid_rows}."
+            )
     number = divisor(target, num_items, options, compute_dtype(hidden))
     wanted = needs if options.ready_in_forward(hidden.dtype) else [False] * len(needs)
     row_weight_N = (torch.ones_like(number) / number).expand(target.shape)
@@ -272,20 +284,6 @@ def _backward(
 def _module(tensors: Tensors, options: Options) -> Any:
     device, dtype = tensors.hidden.device.type, tensors.hidden.dtype
     return implementation_module(KERNEL, device, dtype, tensors.weight.shape[0], options.implementation)
-
-
-def _check_targets(target: torch.Tensor, vocab: int, options: Options) -> None:
-    counting = target[target != options.ignore_index]
-    wrong = counting[(counting < 0) | (counting >= vocab)]
-    if wrong.numel():
-        raise ValueError(
-            f"linear_cross_entropy: target {wrong[0].item()} is no class; expected 0 to {vocab - 1}, "
-            f"or ignore_index={options.ignore_index} for a token that does not count."
-        )
-    if options.valid_rows is not None and counting.numel() > options.valid_rows:
-        raise ValueError(
-            f"linear_cross_entropy: {counting.numel()} targets count, but valid_rows promises at most {options.valid_rows}."
-        )
 
 
 def _fake_forward(

@@ -83,27 +83,49 @@ def _block_(
     """Return the loss of each row; overwrite z [rows, V] with its gradient where there is a weight, with anything else where not."""
     ignored = (target == ignore_index)[:, None]
     target = target[:, None].masked_fill(ignored, 0)
+    slope = cap_(z, ignored, scale, softcap, needs_slope=weight is not None)
+    loss, _, total = softmax_(z, target, ignored, smoothing)
+    if weight is not None:
+        z.div_(total)
+        differentiate_(z, target, weight[:, None].masked_fill(ignored, 0.0) * scale, smoothing, slope)
+    return loss[:, 0]
+
+
+def cap_(
+    z: torch.Tensor, ignored: torch.Tensor, scale: float, softcap: float | None, needs_slope: bool
+) -> torch.Tensor | None:
+    """Scale and cap logits in place, ignored rows being 0; return the cap's slope where there is one and it is needed."""
     z.masked_fill_(ignored, 0.0)  # what an ignored row holds, NaN even, goes nowhere
     if scale != 1.0:
         z.mul_(scale)
-    slope = None
-    if softcap is not None:
-        z.div_(softcap).tanh_()
-        slope = None if weight is None else 1.0 - z * z
-        z.mul_(softcap)
-    z.sub_(z.amax(1, keepdim=True))
+    if softcap is None:
+        return None
+    z.div_(softcap).tanh_()
+    slope = 1.0 - z * z if needs_slope else None
+    z.mul_(softcap)
+    return slope
+
+
+def softmax_(
+    z: torch.Tensor, target: torch.Tensor, ignored: torch.Tensor, smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Turn z into exp(z - maximum); return the loss, the maximum and the sum of each row, [rows, 1]."""
+    largest = z.amax(1, keepdim=True)
+    z.sub_(largest)
     loss = (smoothing - 1.0) * z.gather(1, target)
     if smoothing:
         loss -= smoothing * z.mean(1, keepdim=True)
     total = z.exp_().sum(1, keepdim=True)
-    loss = (loss + total.log()).masked_fill_(ignored, 0.0)[:, 0]
-    if weight is None:
-        return loss
-    z.div_(total)
+    return (loss + total.log()).masked_fill_(ignored, 0.0), largest, total
+
+
+def differentiate_(
+    z: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, smoothing: float, slope: torch.Tensor | None
+) -> None:
+    """Turn probabilities into the gradient of the logits, in place; `weight` [rows, 1] holds the scale, 0 where ignored."""
     if smoothing:
         z.sub_(smoothing / z.shape[1])
     z.scatter_(1, target, z.gather(1, target) - (1.0 - smoothing))
-    z.mul_(weight[:, None].masked_fill(ignored, 0.0) * scale)
+    z.mul_(weight)
     if slope is not None:
         z.mul_(slope)
-    return loss

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from automodel_accel.kernels.launch import persistent_programs
+from automodel_accel.kernels.launch import cdiv, next_power_of_2, persistent_programs
 
 MAX_BLOCK = 2048  # 8 elements a thread, which is one word of 16 bytes where they take 2 bytes each
 SCALE_BLOCK = 4096
@@ -28,6 +28,81 @@ def _tanh(x):
     near = near * square * x + x
     far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
     return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def softmax_of_row(
+    Z,
+    target,
+    n_cols,
+    limit,
+    scale,
+    softcap,
+    smoothing,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(loss, largest logit, sum of the exponentials above it, whether the target is a class) of the row at Z, read once.
+
+    Access is masked by `limit`, at least n_cols; what lies beyond n_cols is never looked at.
+    """
+    lanes = tl.arange(0, BLOCK)
+    is_class = (target >= 0) & (target < n_cols)
+    tl.device_assert(is_class, "a target is no class")  # compiled only with TRITON_DEBUG=1
+    target_logit = tl.load(Z + target, mask=is_class, other=float("nan")).to(tl.float32) * scale
+    if HAS_SOFTCAP:
+        target_logit = softcap * _tanh(target_logit / softcap)
+    # the mean is taken of distances to a finite logit, so that large logits do not cancel
+    origin = tl.where(tl.abs(target_logit) < float("inf"), target_logit, 0.0)
+    lane_max = tl.full((BLOCK,), float("-inf"), tl.float32)
+    lane_sum = tl.zeros((BLOCK,), tl.float32)
+    lane_distance = tl.zeros((BLOCK,), tl.float32)
+    for block in range(tl.cdiv(n_cols, BLOCK)):
+        cols = block * BLOCK + lanes
+        z = tl.load(Z + cols, mask=cols < limit, other=0.0).to(tl.float32) * scale
+        if HAS_SOFTCAP:
+            z = softcap * _tanh(z / softcap)
+        if HAS_SMOOTHING:
+            lane_distance += tl.where(cols < n_cols, z - origin, 0.0)
+        z = tl.where(cols < n_cols, z, float("-inf"))
+        rise = tl.where(z == lane_max, 0.0, z - lane_max)  # two infinities have no difference
+        shrunk = tl.exp(-tl.abs(rise))
+        lane_sum = tl.where(rise > 0, lane_sum * shrunk + 1.0, lane_sum + shrunk)
+        lane_max = tl.where(rise > 0, z, lane_max)
+    row_max = tl.max(lane_max, 0)
+    total = tl.sum(lane_sum * tl.exp(lane_max - row_max), 0)
+    loss = tl.log(total) - (1.0 - smoothing) * (target_logit - row_max)
+    if HAS_SMOOTHING:
+        loss -= smoothing * (tl.sum(lane_distance, 0) / n_cols + (origin - row_max))
+    return loss, row_max, total, is_class
+
+
+@triton.jit
+def differentiate(
+    z,
+    cols,
+    target,
+    n_cols,
+    row_max,
+    inverse,
+    weight,
+    softcap,
+    smoothing,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+):
+    """The gradient at the columns whose logits, times the scale, are z; `inverse` divides the exponentials, `weight` times all."""
+    if HAS_SOFTCAP:
+        capped = _tanh(z / softcap)
+        z = softcap * capped
+    grad = tl.exp(z - row_max) * inverse
+    if HAS_SMOOTHING:
+        grad -= smoothing / n_cols
+    grad = (grad - tl.where(cols == target, 1.0 - smoothing, 0.0)) * weight
+    if HAS_SOFTCAP:
+        grad *= 1.0 - capped * capped
+    return grad
 
 
 @triton.jit
@@ -51,7 +126,7 @@ def cross_entropy_kernel(
     row = tl.program_id(0)
     zero = tl.full((), 0, tl.int64)  # row offsets pass 2^31 elements
     Z += (zero + row) * stride_z
-    # access is masked by the row's stride, a multiple of 16 that keeps words wide; what lies beyond n_cols is never looked at
+    # access is masked by the row's stride, a multiple of 16 that keeps words wide
     lanes = tl.arange(0, BLOCK)
     n_blocks = tl.cdiv(n_cols, BLOCK)
     target = tl.load(TARGET + row)
@@ -63,34 +138,10 @@ def cross_entropy_kernel(
                 tl.store(Z + cols, tl.zeros((BLOCK,), Z.dtype.element_ty), mask=cols < stride_z)
         return
 
-    is_class = (target >= 0) & (target < n_cols)
-    target_logit = tl.load(Z + target, mask=is_class, other=float("nan")).to(tl.float32) * scale
-    if HAS_SOFTCAP:
-        target_logit = softcap * _tanh(target_logit / softcap)
-    # the mean is taken of distances to a finite logit, so that large logits do not cancel
-    origin = tl.where(tl.abs(target_logit) < float("inf"), target_logit, 0.0)
-    lane_max = tl.full((BLOCK,), float("-inf"), tl.float32)
-    lane_sum = tl.zeros((BLOCK,), tl.float32)
-    lane_distance = tl.zeros((BLOCK,), tl.float32)
-    for block in range(n_blocks):
-        cols = block * BLOCK + lanes
-        z = tl.load(Z + cols, mask=cols < stride_z, other=0.0).to(tl.float32) * scale
-        if HAS_SOFTCAP:
-            z = softcap * _tanh(z / softcap)
-        if HAS_SMOOTHING:
-            lane_distance += tl.where(cols < n_cols, z - origin, 0.0)
-        z = tl.where(cols < n_cols, z, float("-inf"))
-        rise = tl.where(z == lane_max, 0.0, z - lane_max)  # two infinities have no difference
-        shrunk = tl.exp(-tl.abs(rise))
-        lane_sum = tl.where(rise > 0, lane_sum * shrunk + 1.0, lane_sum + shrunk)
-        lane_max = tl.where(rise > 0, z, lane_max)
-    row_max = tl.max(lane_max, 0)
-    total = tl.sum(lane_sum * tl.exp(lane_max - row_max), 0)
-    loss = tl.log(total) - (1.0 - smoothing) * (target_logit - row_max)
-    if HAS_SMOOTHING:
-        loss -= smoothing * (tl.sum(lane_distance, 0) / n_cols + (origin - row_max))
+    loss, row_max, total, is_class = softmax_of_row(
+        Z, target, n_cols, stride_z, scale, softcap, smoothing, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK
+    )
     tl.store(LOSS + row, loss)
-
     if NEEDS_GRAD:
         weight = tl.load(WEIGHT + row * stride_weight) * scale
         weight = tl.where(is_class, weight, float("nan"))
@@ -98,15 +149,9 @@ def cross_entropy_kernel(
         for turn in range(n_blocks):
             cols = (n_blocks - 1 - turn) * BLOCK + lanes
             z = tl.load(Z + cols, mask=cols < stride_z, other=0.0).to(tl.float32) * scale
-            if HAS_SOFTCAP:
-                capped = _tanh(z / softcap)
-                z = softcap * capped
-            grad = tl.exp(z - row_max) * inverse
-            if HAS_SMOOTHING:
-                grad -= smoothing / n_cols
-            grad = (grad - tl.where(cols == target, 1.0 - smoothing, 0.0)) * weight
-            if HAS_SOFTCAP:
-                grad *= 1.0 - capped * capped
+            grad = differentiate(
+                z, cols, target, n_cols, row_max, inverse, weight, softcap, smoothing, HAS_SOFTCAP, HAS_SMOOTHING
+            )
             tl.store(Z + cols, grad.to(Z.dtype.element_ty), mask=cols < stride_z)
 
 
@@ -150,7 +195,7 @@ def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
     """Multiply contiguous `x` by a 0-d tensor, in place; nothing is read or written where it is 1."""
     if x.numel() == 0:
         return
-    programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), persistent_programs(x.device, SCALE_PROGRAMS_PER_PROCESSOR))
+    programs = min(cdiv(x.numel(), SCALE_BLOCK), persistent_programs(x.device, SCALE_PROGRAMS_PER_PROCESSOR))
     scale_kernel[(programs,)](
         x, factor, x.numel(), BLOCK=SCALE_BLOCK, PROGRAMS=programs, num_warps=4, enable_fp_fusion=True
     )
@@ -184,7 +229,7 @@ def _launch(
         HAS_SOFTCAP=softcap is not None,
         HAS_SMOOTHING=smoothing > 0,
         NEEDS_GRAD=weight_C is not None,
-        BLOCK=min(triton.next_power_of_2(n_cols), MAX_BLOCK),
+        BLOCK=min(next_power_of_2(n_cols), MAX_BLOCK),
         num_warps=8,
         enable_fp_fusion=True,
     )

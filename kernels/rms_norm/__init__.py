@@ -14,23 +14,51 @@ add_rms_norm: the norm of a residual sum, h = residual + scale * x and y = rms_n
 from elsewhere, dresidual = dh + (dx of the norm at h) and dx = scale * dresidual. Floor: 4 passes forward, 4 backward.
 """
 
+import functools
 from typing import Any
 
 import torch
 
-from automodel_accel.kernels.contract import AUTO, Kernel, implementation_module, in_torch, in_triton
+from automodel_accel.kernels.contract import AUTO, Kernel, implementation_module, in_liger, in_te, in_torch, in_triton
 from automodel_accel.kernels.launch import rows
 from automodel_accel.kernels.registration import Definition, register
 from automodel_accel.kernels.rms_norm import reference
 
 ORDERS = ("cast_then_mul", "mul_then_cast")
+NO_WEIGHT = "norms without a weight"
+ROUNDED = "x_hat rounded before the weight"
+OFFSETS = "offsets other than 1"
+ROUNDED_OFFSETS = "offsets rounded with the weight"
+MIXED = "weights of another dtype"
+WIDENING = "weights that widen the result"
+FEATURES = frozenset({NO_WEIGHT, ROUNDED, OFFSETS, ROUNDED_OFFSETS, MIXED, WIDENING})
 
 KERNEL = Kernel(
     name="rms_norm",
     reference=reference.rms_norm,
     implementations=(
-        in_triton("automodel_accel.kernels.rms_norm.fused", max_size=65536),
-        in_torch("automodel_accel.kernels.rms_norm.eager"),
+        in_triton("automodel_accel.kernels.rms_norm.fused", max_size=65536, features=FEATURES),
+        in_torch("automodel_accel.kernels.rms_norm.eager", features=FEATURES),
+        in_te(
+            "automodel_accel.kernels.rms_norm.te",
+            FEATURES,
+            {
+                NO_WEIGHT: "asks for a weight",
+                ROUNDED: "multiplies with the weight in float32, where this model rounds first",
+                OFFSETS: "adds 1 to the weight or nothing",
+                ROUNDED_OFFSETS: "adds the offset in float32, where this model rounds the sum",
+                MIXED: "asks for a weight of x's dtype",
+                WIDENING: "returns x's dtype, where torch gives the weight's",
+            },
+        ),
+        in_liger(
+            "automodel_accel.kernels.rms_norm.liger",
+            FEATURES,
+            {
+                ROUNDED_OFFSETS: "adds the offset in float32, where this model rounds the sum",
+                WIDENING: "returns x's dtype, where torch gives the weight's",
+            },
+        ),
     ),
 )
 
@@ -61,7 +89,7 @@ def rms_norm(
         eps: Added to the mean square.
         offset: Added to the weight; 1.0 for models that store weight - 1.
         order: "cast_then_mul" or "mul_then_cast": where the result is rounded.
-        implementation: "auto", "triton" or "torch".
+        implementation: "auto", "triton", "te", "liger" or "torch".
 
     Returns:
         [..., H]; in the dtype that torch would give: x's, or the wider of x's and weight's for "cast_then_mul".
@@ -124,10 +152,31 @@ def _out_dtype(x: torch.Tensor, weight: torch.Tensor | None, order: str) -> torc
     return torch.promote_types(x.dtype, weight.dtype) if weight is not None and order == "cast_then_mul" else x.dtype
 
 
+@functools.cache
+def features(dtype: torch.dtype, weight_dtype: torch.dtype | None, offset: float, order: str) -> frozenset[str]:
+    """What a norm of x in `dtype` asks for beyond the plain one; `weight_dtype` is None where it has no weight."""
+    rounded = order == "cast_then_mul"
+    if weight_dtype is None:
+        return frozenset({NO_WEIGHT, ROUNDED} if rounded else {NO_WEIGHT})
+    asked = {
+        ROUNDED: rounded,
+        OFFSETS: offset not in (0.0, 1.0),
+        ROUNDED_OFFSETS: rounded and offset != 0.0,
+        MIXED: weight_dtype != dtype,
+        WIDENING: rounded and torch.promote_types(dtype, weight_dtype) != dtype,
+    }
+    return frozenset(name for name, wanted in asked.items() if wanted)
+
+
+def _module(x: torch.Tensor, weight: torch.Tensor | None, offset: float, order: str, implementation: str) -> Any:
+    asked = features(x.dtype, None if weight is None else weight.dtype, offset, order)
+    return implementation_module(KERNEL, x.device.type, x.dtype, x.shape[-1], implementation, asked)
+
+
 def _forward(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, order: str, implementation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    module = implementation_module(KERNEL, x.device.type, x.dtype, x.shape[-1], implementation)
+    module = _module(x, weight, offset, order, implementation)
     y_NH, rstd_N = module.forward(rows(x), weight, eps, offset, order, _out_dtype(x, weight, order))
     return y_NH.view(x.shape), rstd_N
 
@@ -149,7 +198,7 @@ def _backward(
     implementation: str,
     needs_grad_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    module = implementation_module(KERNEL, x.device.type, x.dtype, x.shape[-1], implementation)
+    module = _module(x, weight, offset, order, implementation)
     grad_x, grad_weight = module.backward(rows(grad_output), rows(x), weight, rstd, offset, order, needs_grad_weight)
     return grad_x.view(x.shape), grad_x.new_empty(0) if grad_weight is None else grad_weight
 

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from automodel_accel.kernels.launch import persistent_programs, prefetch_stages, row_warps
+from automodel_accel.kernels.launch import next_power_of_2, persistent_programs, prefetch_stages, row_warps
+from automodel_accel.kernels.rms_norm.fused import sum_partials
 
 PROGRAMS_PER_PROCESSOR = 2
 
@@ -137,7 +138,7 @@ def forward(
     rstd_N = torch.empty(n_rows, dtype=torch.float32, device=x_NH.device)
     if n_rows == 0:
         return y_NH, h_NH, rstd_N
-    block = triton.next_power_of_2(n_cols)
+    block = next_power_of_2(n_cols)
     programs = min(n_rows, persistent_programs(x_NH.device, PROGRAMS_PER_PROCESSOR))
     add_rms_norm_fwd_kernel[(programs,)](
         x_NH,
@@ -188,7 +189,7 @@ def backward(
     with_weight = needs_grad_weight and weight_H is not None
     if n_rows == 0:
         return grad_residual_NH, grad_x_NH, torch.zeros_like(weight_H) if with_weight else None  # type: ignore[arg-type]
-    block = triton.next_power_of_2(n_cols)
+    block = next_power_of_2(n_cols)
     programs = min(n_rows, persistent_programs(h_NH.device, PROGRAMS_PER_PROCESSOR))
     partial_PH = h_NH.new_empty(programs, n_cols, dtype=torch.float32) if with_weight else None
     read = [tensor for tensor in (h_NH, grad_y_NH, grad_h_NH) if tensor is not None]
@@ -220,4 +221,4 @@ def backward(
     )
     if partial_PH is None or weight_H is None:
         return grad_residual_NH, grad_x_NH, None
-    return grad_residual_NH, grad_x_NH, partial_PH.sum(0).to(weight_H.dtype)
+    return grad_residual_NH, grad_x_NH, sum_partials(partial_PH, weight_H.dtype)

@@ -3,7 +3,8 @@
 Bytes per call, of the floor: forward 2 passes over [N, H] (read x, write y) plus 4 N for rstd; backward 3 passes (read x and
 grad_output, write grad_x) plus 4 P H written and read once for the partial weight gradients of P programs.
 A persistent grid of two programs per multiprocessor walks the rows; `num_stages` prefetches the next rows while one is
-computed, which is what keeps enough bytes in flight. No atomics: partial sums are added in a fixed order.
+computed, which is what keeps enough bytes in flight. No atomics: a second kernel adds the partial sums in a fixed order, and
+writes the gradient in the weight's dtype. Other norms share that kernel.
 Shapes and letters as in eager.py.
 """
 
@@ -11,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from automodel_accel.kernels.launch import persistent_programs, prefetch_stages, row_warps
+from automodel_accel.kernels.launch import cdiv, next_power_of_2, persistent_programs, prefetch_stages, row_warps
 
 PROGRAMS_PER_PROCESSOR = 2
+PARTIALS, PARTIAL_COLS = 64, 32  # tile of partial sums: four words of 16 bytes a thread
 
 
 @triton.jit
@@ -102,6 +104,18 @@ def rms_norm_bwd_kernel(
         tl.store(DW_PARTIAL + tl.program_id(0) * n_cols + cols, dw, mask=in_row)
 
 
+@triton.jit
+def sum_partials_kernel(PARTIAL, SUM, n_partials, n_cols, PARTIALS: tl.constexpr, COLS: tl.constexpr):
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    in_row = cols < n_cols
+    total = tl.zeros((PARTIALS, COLS), dtype=tl.float32)
+    for first in range(0, n_partials, PARTIALS):
+        partial = first + tl.arange(0, PARTIALS)
+        mask = (partial < n_partials)[:, None] & in_row[None, :]
+        total += tl.load(PARTIAL + partial[:, None] * n_cols + cols[None, :], mask=mask, other=0.0)
+    tl.store(SUM + cols, tl.sum(total, 0).to(SUM.dtype.element_ty), mask=in_row)
+
+
 def forward(
     x_NH: torch.Tensor, weight_H: torch.Tensor | None, eps: float, offset: float, order: str, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +125,7 @@ def forward(
     rstd_N = torch.empty(n_rows, dtype=torch.float32, device=x_NH.device)
     if n_rows == 0:
         return y_NH, rstd_N
-    block = triton.next_power_of_2(n_cols)
+    block = next_power_of_2(n_cols)
     programs = min(n_rows, persistent_programs(x_NH.device, PROGRAMS_PER_PROCESSOR))
     rms_norm_fwd_kernel[(programs,)](
         x_NH,
@@ -148,7 +162,7 @@ def backward(
     grad_x_NH = torch.empty(n_rows, n_cols, dtype=x_NH.dtype, device=x_NH.device)
     if n_rows == 0:
         return grad_x_NH, torch.zeros_like(weight_H) if needs_grad_weight and weight_H is not None else None
-    block = triton.next_power_of_2(n_cols)
+    block = next_power_of_2(n_cols)
     programs = min(n_rows, persistent_programs(x_NH.device, PROGRAMS_PER_PROCESSOR))
     partial_PH = (
         x_NH.new_empty(programs, n_cols, dtype=torch.float32) if needs_grad_weight and weight_H is not None else None
@@ -176,4 +190,19 @@ def backward(
     )
     if partial_PH is None or weight_H is None:
         return grad_x_NH, None
-    return grad_x_NH, partial_PH.sum(0).to(weight_H.dtype)
+    return grad_x_NH, sum_partials(partial_PH, weight_H.dtype)
+
+
+def sum_partials(partial_PH: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum of contiguous float32 [P, H] over P in `dtype`, in one launch: torch's sum and cast are two."""
+    sum_H = torch.empty(partial_PH.shape[1], dtype=dtype, device=partial_PH.device)
+    sum_partials_kernel[(cdiv(partial_PH.shape[1], PARTIAL_COLS),)](
+        partial_PH,
+        sum_H,
+        *partial_PH.shape,
+        PARTIALS=PARTIALS,
+        COLS=PARTIAL_COLS,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return sum_H

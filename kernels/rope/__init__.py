@@ -84,7 +84,7 @@ def misfit(
     """What is wrong with a call of `rope`: what came and what was expected; None where all fits."""
     if head_axis not in (q.dim() - 3, q.dim() - 2) or q.dim() not in (3, 4):
         return f"head_axis={head_axis} for q {tuple(q.shape)}, expected [B, H, S, D] with 1, [B, S, H, D] with 2, or one less without B"
-    batch, tokens, _, head_dim = _token_major(q, head_axis).shape
+    batch, tokens, _, head_dim = sizes(q, head_axis)
     if (cos.shape, cos.dtype) != (sin.shape, sin.dtype):
         return f"cos is {tuple(cos.shape)} {cos.dtype}, sin is {tuple(sin.shape)} {sin.dtype}, expected the same"
     if cos.requires_grad or sin.requires_grad:
@@ -106,17 +106,25 @@ def misfit(
         return (
             f"k is {tuple(k.shape)} {k.dtype}, q is {tuple(q.shape)} {q.dtype}, expected the same dtype and dimensions"
         )
-    k_batch, k_tokens, _, k_dim = _token_major(k, head_axis).shape
+    k_batch, k_tokens, _, k_dim = sizes(k, head_axis)
     if (k_batch, k_tokens, k_dim) != (batch, tokens, head_dim):
         return f"k is {tuple(k.shape)}, q is {tuple(q.shape)}, expected the same but for the number of heads"
     return None
 
 
-def _token_major(x: torch.Tensor, head_axis: int) -> torch.Tensor:
+def token_major(x: torch.Tensor, head_axis: int) -> torch.Tensor:
     """A view [B, S, H, D]."""
     if x.dim() == 3:
         x, head_axis = x[None], head_axis + 1
     return x.transpose(1, 2) if head_axis == 1 else x
+
+
+def sizes(x: torch.Tensor, head_axis: int) -> tuple[int, int, int, int]:
+    """(B, S, H, D), without the host time of a view."""
+    *batch, first, second, head_dim = x.shape
+    heads_first = head_axis == x.dim() - 3
+    tokens, heads = (second, first) if heads_first else (first, second)
+    return batch[0] if batch else 1, tokens, heads, head_dim
 
 
 def _out_dtype(q: torch.Tensor, cos: torch.Tensor, keep_dtype: bool) -> torch.dtype:
@@ -127,7 +135,8 @@ def _module(x: torch.Tensor, implementation: str) -> Any:
     return implementation_module(KERNEL, x.device.type, x.dtype, x.shape[-1], implementation)
 
 
-def _tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def batched(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """cos and sin as [B or 1, S, R]."""
     return tuple(table[None] if table.dim() == 2 else table for table in (cos, sin))
 
 
@@ -145,8 +154,8 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     outputs = _fake_forward(q, k, cos, sin, layout, head_axis, per_pair, inverse, keep_dtype, implementation)
     pairs = [(q, outputs[0]), *([] if k is None else [(k, outputs[1])])]
-    xs, ys = zip(*((_token_major(x, head_axis), _token_major(y, head_axis)) for x, y in pairs), strict=True)
-    _module(q, implementation).forward(xs, ys, *_tables(cos, sin), layout, per_pair, inverse)
+    xs, ys = zip(*((token_major(x, head_axis), token_major(y, head_axis)) for x, y in pairs), strict=True)
+    _module(q, implementation).forward(xs, ys, *batched(cos, sin), layout, per_pair, inverse)
     return outputs
 
 
@@ -163,10 +172,10 @@ def _fake_forward(
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = _out_dtype(q, cos, keep_dtype)
-    return _empty_like(q, dtype), q.new_empty(0) if k is None else _empty_like(k, dtype)
+    return empty_like(q, dtype), q.new_empty(0) if k is None else empty_like(k, dtype)
 
 
-def _empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """In x's order of strides, as torch would lay it out, but for a head whose elements are not side by side."""
     memory_format = torch.preserve_format if x.stride(-1) == 1 else torch.contiguous_format
     return torch.empty_like(x, dtype=dtype, memory_format=memory_format)
@@ -188,8 +197,8 @@ def _backward(
         grad_q_out, grad_k_out, cos, sin, dtype, layout, head_axis, per_pair, inverse, implementation
     )
     pairs = [(dy, dx) for dy, dx in zip((grad_q_out, grad_k_out), grads, strict=True) if dy is not None]
-    dys, dxs = zip(*((_token_major(dy, head_axis), _token_major(dx, head_axis)) for dy, dx in pairs), strict=True)
-    _module(pairs[0][1], implementation).backward(dys, dxs, *_tables(cos, sin), layout, per_pair, inverse)
+    dys, dxs = zip(*((token_major(dy, head_axis), token_major(dx, head_axis)) for dy, dx in pairs), strict=True)
+    _module(pairs[0][1], implementation).backward(dys, dxs, *batched(cos, sin), layout, per_pair, inverse)
     return grads
 
 
@@ -206,15 +215,15 @@ def _fake_backward(
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     first, second = (
-        cos.new_empty(0) if grad is None else _empty_token_major(grad, head_axis, dtype)
+        cos.new_empty(0) if grad is None else empty_token_major(grad, head_axis, dtype)
         for grad in (grad_q_out, grad_k_out)
     )
     return first, second
 
 
-def _empty_token_major(like: torch.Tensor, head_axis: int, dtype: torch.dtype) -> torch.Tensor:
+def empty_token_major(like: torch.Tensor, head_axis: int, dtype: torch.dtype) -> torch.Tensor:
     """Of the shape of `like`, in the memory order [B, S, H, D] that a projection before q or k reads its gradient in."""
-    batch, tokens, heads, head_dim = _token_major(like, head_axis).shape
+    batch, tokens, heads, head_dim = sizes(like, head_axis)
     empty = like.new_empty((batch, tokens, heads, head_dim), dtype=dtype)
     laid_out = empty.transpose(1, 2) if head_axis == like.dim() - 3 else empty
     return laid_out if like.dim() == 4 else laid_out[0]

@@ -6,11 +6,14 @@ of a projection, and all of them need the same row of cos and sin. The first pro
 Shapes and letters as in eager.py.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+
+from automodel_accel.kernels.launch import cdiv, next_power_of_2
 
 PROGRAM_ELEMENTS = 4096
 WARPS = 4
@@ -255,17 +258,17 @@ def _launch(
     inverse: bool,
     backward: bool,
 ) -> None:
-    q, k = (*map(_unit_stride, inputs), None)[:2]
+    q, k = (*map(unit_stride, inputs), None)[:2]
     q_out, k_out = (*outputs, None)[:2]
     assert q is not None
     assert q_out is not None
     batch, n_tokens, n_q_heads, head_dim = q.shape
     n_k_heads = 0 if k is None else k.shape[2]
     half = cos_BSR.shape[-1] // (1 if per_pair else 2)
-    block, rest = triton.next_power_of_2(half), head_dim - 2 * half
-    q_heads, k_heads = (_heads_of_a_program(n_heads, block) for n_heads in (n_q_heads, n_k_heads))
-    q_programs = triton.cdiv(n_q_heads, q_heads)
-    grid = (batch * n_tokens, q_programs + triton.cdiv(n_k_heads, k_heads))
+    block, rest = next_power_of_2(half), head_dim - 2 * half
+    q_heads, k_heads = (heads_of_a_program(n_heads, block) for n_heads in (n_q_heads, n_k_heads))
+    q_programs = cdiv(n_q_heads, q_heads)
+    grid = (batch * n_tokens, q_programs + cdiv(n_k_heads, k_heads))
     if grid[0] * grid[1] == 0:
         return
     sides = (layout != "half", layout == "interleaved")
@@ -283,8 +286,8 @@ def _launch(
         *((0, 0, 0) if k is None else k.stride()[:3]),
         *q_out.stride()[:3],
         *((0, 0, 0) if k_out is None else k_out.stride()[:3]),
-        *_table_strides(cos_BSR),
-        *_table_strides(sin_BSR),
+        *table_strides(cos_BSR),
+        *table_strides(sin_BSR),
         Q_PROGRAMS=q_programs,
         HAS_K=k is not None,
         BACKWARD=backward,
@@ -296,7 +299,7 @@ def _launch(
         HALF=half,
         REST=rest,
         BLOCK=block,
-        BLOCK_REST=triton.next_power_of_2(max(rest, 1)),
+        BLOCK_REST=next_power_of_2(max(rest, 1)),
         Q_HEADS=q_heads,
         K_HEADS=k_heads,
         num_warps=WARPS,
@@ -304,16 +307,19 @@ def _launch(
     )
 
 
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x with the elements of a head side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _table_strides(table_BSR: torch.Tensor) -> tuple[int, int, int]:
+def table_strides(table_BSR: torch.Tensor) -> tuple[int, int, int]:
     """Strides of cos or sin, of which one row may serve the whole batch."""
     batch, tokens, row = table_BSR.stride()
     return (0 if table_BSR.shape[0] == 1 else batch, tokens, row)
 
 
-def _heads_of_a_program(n_heads: int, block: int) -> int:
-    fit: int = min(triton.next_power_of_2(max(n_heads, 1)), max(PROGRAM_ELEMENTS // (2 * block), 1))
+@functools.cache
+def heads_of_a_program(n_heads: int, block: int, elements: int = PROGRAM_ELEMENTS) -> int:
+    """A power of 2: all heads of a token, or as many as `elements` hold."""
+    fit: int = min(next_power_of_2(max(n_heads, 1)), max(elements // (2 * block), 1))
     return fit

@@ -55,7 +55,7 @@ def test_json_has_every_place_in_the_dtype_of_the_config(llama: str) -> None:
     found = json.loads(run(llama, "--json").stdout)
     assert found["model"] == "LlamaForCausalLM"
     assert sorted(claim["fusion"] for claim in found["claims"]) == sorted(
-        ["loss", *["mlp", "rope", "residual"] * 2, *["attention"] * 3, *["norm"] * 5]
+        ["loss", *["mlp", "rope", "residual"] * 2, *["attention"] * 3, *["linear"] * 4, *["norm"] * 5]
     )
     of_parameters = [claim for claim in found["claims"] if "masks" not in claim["recognised_as"]]
     assert {claim["dtype"] for claim in of_parameters} == {"torch.bfloat16"}
@@ -68,7 +68,7 @@ def test_a_config_file_is_as_good_as_its_folder(folder: Path) -> None:
 def test_settings_are_those_of_accel_config(llama: str) -> None:
     off = [word for name in ("norm", "rope", "attention", "residual") for word in ("--set", f"{name}=False")]
     found = json.loads(run(llama, "--json", *off, "--set", "mlp=torch").stdout)
-    assert {claim["fusion"] for claim in found["claims"]} == {"mlp", "loss"}
+    assert {claim["fusion"] for claim in found["claims"]} == {"mlp", "loss", "linear"}
 
 
 def test_takes_the_class_that_the_config_names(folder: Path) -> None:

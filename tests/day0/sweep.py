@@ -13,7 +13,7 @@ from automodel_accel.patches.probe import PROBE_ERRORS
 from tests.day0.checks import CHECKS, Case, NotApplicable, case_of, served
 from tests.day0.zoo import Type, Unbuildable, types
 
-FUSIONS = ("norm", "mlp", "experts", "rope", "attention", "residual", "loss")
+FUSIONS = ("norm", "mlp", "experts", "rope", "attention", "residual", "linear", "loss")
 TOGETHER = "all together"
 
 

@@ -58,6 +58,7 @@ class Compiled:
         shared: Bytes of shared memory of a program.
         widest: Widest access to global memory, in bytes.
         narrow: How many accesses to global memory take 2 bytes or less.
+        short_products: Sizes and strides that the kernel multiplies in 32 bits, which overflows past 2^31 elements.
     """
 
     case: str
@@ -69,6 +70,7 @@ class Compiled:
     shared: int
     widest: int
     narrow: int
+    short_products: list[str]
     programs_per_processor: int
     may_spill: bool
     single_values: int
@@ -108,6 +110,7 @@ def _measured(case: AotCase, target: GPUTarget, kernel: Any) -> Compiled:
         shared=kernel.metadata.shared,
         widest=max(widths, default=0),
         narrow=sum(width <= 2 for width in widths),
+        short_products=_short_products(kernel.asm["ttir"]),
         programs_per_processor=case.programs_per_processor,
         may_spill=case.may_spill,
         single_values=case.single_values,
@@ -141,6 +144,14 @@ def _cuda_widths(ptx: str) -> list[int]:
 def _hip_widths(amdgcn: str) -> list[int]:
     words = re.findall(r"(?:global|buffer)_(?:load|store)_(dwordx(\d)|dword|[su]?short\w*|[su]?byte\w*)", amdgcn)
     return [4 * int(count or 1) if name.startswith("dword") else 2 for name, count in words]
+
+
+def _short_products(ttir: str) -> list[str]:
+    sizes = set(re.findall(r"%(\w+): i32", ttir))
+    tensors = {name: size for name, size in re.findall(r"%(\w+) = tt\.splat %(\w+) : i32", ttir) if size in sizes}
+    named = {**{size: size for size in sizes}, **tensors}
+    factors = re.findall(r"arith\.muli %(\w+), %(\w+) : (?:i32|tensor<[\dx]+xi32>)", ttir)
+    return sorted({named[factor] for pair in factors for factor in pair if factor in named})
 
 
 def main(operation: str) -> None:

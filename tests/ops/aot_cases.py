@@ -15,7 +15,10 @@ from automodel_accel.kernels.rms_norm import fused as rms_norm
 
 DTYPES = (torch.bfloat16, torch.float32)
 HIDDEN = (2048, 4096, 8192)
+# of a row held in registers: in float32 the longest one, which is the tightest
+ROW_SIZES = (*((torch.bfloat16, hidden) for hidden in HIDDEN), (torch.float32, HIDDEN[-1]))
 ROWS = 8
+SUM_NARROW = 1  # access of 2 bytes, by which a sum of partial gradients is written: a program sums few columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +46,16 @@ def _rms_norm(dtype: torch.dtype, hidden: int, order: str = "cast_then_mul") -> 
     fit = (2 if hidden <= 4096 else 1, hidden > 8192)
     return [
         AotCase(f"rms_norm/forward/{name}", lambda: rms_norm.forward(x, weight, 1e-6, 0.0, order, dtype), *fit),
-        AotCase(f"rms_norm/backward/{name}", lambda: rms_norm.backward(x, x, weight, rstd, 0.0, order, True), *fit),
+        AotCase(
+            f"rms_norm/backward/{name}",
+            lambda: rms_norm.backward(x, x, weight, rstd, 0.0, order, True),
+            *(*fit, SUM_NARROW),
+        ),
     ]
 
 
 RMS_NORM = [
-    *(case for dtype in DTYPES for hidden in HIDDEN for case in _rms_norm(dtype, hidden)),
+    *(case for dtype, hidden in ROW_SIZES for case in _rms_norm(dtype, hidden)),
     *_rms_norm(torch.bfloat16, 4096, "mul_then_cast"),
     *_rms_norm(torch.bfloat16, 16384),
 ]
@@ -109,13 +116,16 @@ LINEAR_CROSS_ENTROPY = [
 
 from tests.ops.aot_cases_activation import ACTIVATION
 from tests.ops.aot_cases_add_rms_norm import ADD_RMS_NORM
+from tests.ops.aot_cases_cross_entropy import CROSS_ENTROPY
 from tests.ops.aot_cases_experts import EXPERTS_CASES
 from tests.ops.aot_cases_gated_norm import GATED_NORM
 from tests.ops.aot_cases_layer_norm import LAYER_NORM
+from tests.ops.aot_cases_qk_norm_rope import QK_NORM_ROPE
 from tests.ops.aot_cases_rope import ROPE
 
 CASES: dict[str, list[AotCase]] = {
     "activation": ACTIVATION,
+    "cross_entropy": CROSS_ENTROPY,
     "experts": EXPERTS_CASES,
     "rms_norm": RMS_NORM,
     "add_rms_norm": ADD_RMS_NORM,
@@ -123,5 +133,6 @@ CASES: dict[str, list[AotCase]] = {
     "gated_norm": GATED_NORM,
     "layer_norm": LAYER_NORM,
     "linear_cross_entropy": LINEAR_CROSS_ENTROPY,
+    "qk_norm_rope": QK_NORM_ROPE,
     "rope": ROPE,
 }

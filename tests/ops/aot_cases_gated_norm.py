@@ -3,7 +3,7 @@
 import torch
 
 from automodel_accel.kernels.gated_norm import fused
-from tests.ops.aot_cases import DTYPES, ROWS, AotCase
+from tests.ops.aot_cases import ROW_SIZES, ROWS, SUM_NARROW, AotCase
 
 
 def _gated_norm(dtype: torch.dtype, hidden: int, gate_first: bool, order: str = "cast_then_mul") -> list[AotCase]:
@@ -11,8 +11,7 @@ def _gated_norm(dtype: torch.dtype, hidden: int, gate_first: bool, order: str = 
     name = f"{dtype}/{hidden}/{order}/gate {'first' if gate_first else 'last'}"
     options = ("silu", gate_first, order)
     forward = (2 if hidden <= 4096 else 1, hidden > 8192)
-    # a gate before the norm is needed again after the sum over the row: a few registers too many
-    backward = (2 if hidden <= 2048 else 1, hidden > (4096 if gate_first else 8192))
+    backward = (2 if hidden <= 2048 else 1, hidden > 8192, SUM_NARROW)
     return [
         AotCase(
             f"gated_norm/forward/{name}", lambda: fused.forward(x, x.clone(), weight, 1e-6, *options, dtype), *forward
@@ -28,8 +27,7 @@ def _gated_norm(dtype: torch.dtype, hidden: int, gate_first: bool, order: str = 
 GATED_NORM = [
     *(
         case
-        for dtype in DTYPES
-        for hidden in (2048, 4096, 8192)
+        for dtype, hidden in ROW_SIZES
         for gate_first in (False, True)
         for case in _gated_norm(dtype, hidden, gate_first)
     ),

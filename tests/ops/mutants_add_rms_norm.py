@@ -64,7 +64,7 @@ BACKWARD = (
     ),
     Mutant(FUSED, "start * stride_dh", "start * stride_dy", "strides of the sum's gradient ignored"),
     Mutant(FUSED, "start * stride_dy", "start * n_cols", "strides of the norm's gradient ignored"),
-    Mutant(FUSED, "partial_PH.sum(0)", "partial_PH[0]", "dweight of one program only"),
+    Mutant(FUSED, "sum_partials(partial_PH, ", "sum_partials(partial_PH[:1], ", "dweight of one program only"),
     Mutant(FUSED, "torch.zeros_like(weight_H)", "torch.empty_like(weight_H)", "dweight of no row is not set"),
 )
 

@@ -47,7 +47,19 @@ FORWARD = (
 BACKWARD = (
     Mutant(FUSED, "sigmoid * (1.0 - sigmoid)", "sigmoid * (1.0 + sigmoid)", "slope of the sigmoid"),
     Mutant(FUSED, "slope = sigmoid + gate * slope", "slope = sigmoid + slope", "slope of silu"),
-    Mutant(FUSED, "normed = x * activated * rstd", "normed = x * rstd", "normalises without the first gate"),
+    Mutant(
+        FUSED,
+        "normed = x * activated * rstd\n        else",
+        "normed = x * rstd\n        else",
+        "normalises without the first gate",
+    ),
+    Mutant(
+        FUSED,
+        "normed = x * activated * rstd\n        dx",
+        "normed = x * rstd\n        dx",
+        "normalises without the first gate, after the sum",
+    ),
+    Mutant(FUSED, "tl.exp2(gate * -1.44", "tl.exp2(gate * 1.44", "sign of the first gate, after the sum"),
     Mutant(
         FUSED, "dgate = dy * product * _slope", "dgate = dy * factor * _slope", "gate's gradient without the weight"
     ),
@@ -65,7 +77,7 @@ BACKWARD = (
     Mutant(FUSED, "dgate = dx * x * _slope", "dgate = dx * normed * _slope", "first gate's gradient of x normalised"),
     Mutant(FUSED, "            dx = dx * activated\n", "", "first gate forgotten in dx"),
     Mutant(FUSED, "start * stride_dy", "start * stride_x", "strides of the incoming gradient ignored"),
-    Mutant(FUSED, "dw_PH.sum(0)", "dw_PH[0]", "dweight of one program only"),
+    Mutant(FUSED, "sum_partials(dw_PH, ", "sum_partials(dw_PH[:1], ", "dweight of one program only"),
 )
 
 IN_TORCH = (

@@ -86,8 +86,8 @@ BACKWARD = (
     Mutant(FUSED, "HAS_DH=grad_h_NH is not None", "HAS_DH=False", "the sum's own gradient forgotten"),
     Mutant(FUSED, "start * stride_dy", "start * stride_h", "strides of the incoming gradient ignored"),
     Mutant(FUSED, "start * stride_dh", "start * stride_h", "strides of the sum's gradient ignored"),
-    Mutant(FUSED, "dw_PH.sum(0)", "dw_PH[0]", "dweight of one program only"),
-    Mutant(FUSED, "db_PH.sum(0)", "db_PH.mean(0)", "dbias averaged over the programs"),
+    Mutant(FUSED, "sum_partials(dw_PH, ", "sum_partials(dw_PH[:1], ", "dweight of one program only"),
+    Mutant(FUSED, "sum_partials(db_PH, ", "sum_partials(db_PH[1:], ", "dbias without the first program"),
 )
 
 IN_TORCH = (

@@ -14,9 +14,7 @@ KERNEL = (
     Mutant(FUSED, "lane_sum * tl.exp(lane_max - row_max)", "lane_sum", "lanes added at different scales"),
     Mutant(FUSED, '        z = tl.where(cols < n_cols, z, float("-inf"))\n', "", "the padding counts"),
     Mutant(FUSED, "(target_logit - row_max)", "target_logit", "the maximum forgotten in the loss"),
-    Mutant(
-        FUSED, "tl.sum(lane_distance, 0) / n_cols", "tl.sum(lane_distance, 0) / stride_z", "a mean over the padding"
-    ),
+    Mutant(FUSED, "tl.sum(lane_distance, 0) / n_cols", "tl.sum(lane_distance, 0) / limit", "a mean over the padding"),
     Mutant(
         FUSED,
         'tl.where(tl.abs(target_logit) < float("inf"), target_logit, 0.0)',
@@ -31,7 +29,7 @@ KERNEL = (
         "tl.where(cols == target, 1.0, 0.0)",
         "target not smoothed",
     ),
-    Mutant(FUSED, "grad -= smoothing / n_cols", "grad -= smoothing / stride_z", "smoothed over the padding"),
+    Mutant(FUSED, "grad -= smoothing / n_cols", "grad -= smoothing", "every class gets the whole share"),
     Mutant(FUSED, "grad *= 1.0 - capped * capped", "grad *= 1.0 - capped", "wrong slope of tanh"),
     Mutant(
         FUSED, "1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)", "1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)", "tanh of negatives"
@@ -72,7 +70,7 @@ KERNEL = (
 )
 
 ROWS = (
-    Mutant(EAGER, "    z.sub_(z.amax(1, keepdim=True))\n", "", "no maximum taken off: overflow"),
+    Mutant(EAGER, "    z.sub_(largest)\n", "", "no maximum taken off: overflow"),
     Mutant(EAGER, "(smoothing - 1.0) * z.gather", "-z.gather", "the target's share not lessened"),
     Mutant(
         EAGER,
@@ -80,20 +78,22 @@ ROWS = (
         "loss -= smoothing * z.sum(1, keepdim=True)",
         "sum for mean",
     ),
-    Mutant(EAGER, ".masked_fill_(ignored, 0.0)[:, 0]", "[:, 0]", "ignored rows have a loss"),
+    Mutant(
+        EAGER, "(loss + total.log()).masked_fill_(ignored, 0.0)", "(loss + total.log())", "ignored rows have a loss"
+    ),
     Mutant(EAGER, "weight[:, None].masked_fill(ignored, 0.0)", "weight[:, None]", "ignored rows have a gradient"),
     Mutant(EAGER, "    z.masked_fill_(ignored, 0.0)  #", "    #", "NaN in an ignored row"),
     Mutant(
         EAGER,
-        ".masked_fill(ignored, 0.0) * scale)",
-        ".masked_fill(ignored, 0.0))",
+        ".masked_fill(ignored, 0.0) * scale, smoothing",
+        ".masked_fill(ignored, 0.0), smoothing",
         "the scale forgotten in the gradient",
     ),
     Mutant(EAGER, "z.gather(1, target) - (1.0 - smoothing)", "z.gather(1, target) - 1.0", "target not smoothed"),
     Mutant(EAGER, "z.sub_(smoothing / z.shape[1])", "z.sub_(smoothing)", "every class gets the whole share"),
     Mutant(EAGER, "1.0 - z * z", "1.0 - z", "wrong slope of tanh"),
     Mutant(EAGER, "        z.mul_(slope)\n", "        pass\n", "slope of tanh forgotten"),
-    Mutant(EAGER, "        z.mul_(softcap)\n", "", "not scaled back after tanh"),
+    Mutant(EAGER, "    z.mul_(softcap)\n", "", "not scaled back after tanh"),
     Mutant(
         EAGER,
         "None if weight_C is None else weight_C[rows]",

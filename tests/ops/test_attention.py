@@ -19,7 +19,7 @@ from tests.ops import checks
 from tests.ops.mutants_attention import MUTANTS
 from tests.ops.mutation import Mutant, check_caught, mutated
 
-TILED = ("packed", "torch")
+TILED = ("packed", "torch")  # on a CPU
 DTYPES = (torch.float32, torch.bfloat16)
 # batch, query heads, key heads, tokens, width, width of values
 SHAPES = (
@@ -290,9 +290,9 @@ def test_bad_input_is_refused_with_a_sentence() -> None:
 def test_auto_takes_the_fastest_and_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def timings(kind: measure.Kind, names: tuple[str, ...]) -> dict[str, float]:
+    def timings(kind: measure.Kind, names: tuple[str, ...]) -> dict[str, list[float]]:
         asked.append((kind, names))
-        return {name: 1.0 - 0.3 * names.index(name) for name in names}
+        return {name: [1.0 - 0.3 * names.index(name)] * measure.ROUNDS for name in names}
 
     monkeypatch.setattr(measure, "timings", timings)
     monkeypatch.setattr(package, "_TILED", frozenset(package.BY_NAME))  # which one is called is told by its name
@@ -312,13 +312,26 @@ def test_auto_takes_the_fastest_and_measures_once(monkeypatch: pytest.MonkeyPatc
     assert [names for _, names in asked] == [("sdpa", "packed", "torch"), ("sdpa", "packed")]
 
 
+@pytest.mark.parametrize(
+    ("rounds", "chosen"),
+    [([0.7, 0.7, 0.7, 0.7, 9.0], "torch"), ([0.7, 0.7, 0.7, 1.1, 1.2], "sdpa"), ([0.98] * 5, "sdpa")],
+    ids=["one slow round", "noise", "too small a gain"],
+)
+def test_what_else_the_machine_does_decides_nothing(
+    rounds: list[float], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "timings", lambda kind, names: {"sdpa": [1.0, 1.0, 1.0, 5.0, 6.0], "torch": rounds})
+    kind = measure.Kind(torch.device("cpu"), torch.float32, 2, (8, 8), 128, True, frozenset())
+    assert measure.fastest.__wrapped__(kind, ("sdpa", "torch")) == chosen
+
+
 @pytest.mark.parametrize("features", [frozenset(), frozenset({"windows"}), frozenset({"documents"})], ids=str)
 def test_every_kind_of_call_can_be_timed(features: frozenset[str]) -> None:
     kind = measure.Kind(torch.device("cpu"), torch.float32, 2, (8, 8), 128, True, features)
     names = package.able("cpu", torch.float32, 8, features, tuple(package.BY_NAME))
     before = torch.get_rng_state()
     assert measure.fastest(kind, names) in names
-    assert all(seconds > 0 for seconds in measure.timings(kind, names).values())
+    assert all(rounds[0] > 0 for rounds in measure.timings(kind, names).values())
     assert torch.equal(before, torch.get_rng_state())
 
 

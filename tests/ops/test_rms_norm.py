@@ -1,5 +1,6 @@
 """rms_norm against its definition: values, gradients, properties, and mistakes that must be caught."""
 
+import importlib
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ from tests.ops import checks
 from tests.ops.mutants_rms_norm import MUTANTS
 from tests.ops.mutation import Mutant, check_caught, mutated
 
-IMPLEMENTATIONS = package.KERNEL.names()
+IMPLEMENTATIONS = ("triton", "torch")
 WEIGHTS = ("same", "float32", "none")  # dtype of the weight
 SHAPES = [shape for shape in checks.SHAPES if shape[-1] > 1]
 
@@ -140,12 +141,24 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert torch.equal(grad[-1:], torch.autograd.grad(expected, last, expected)[0])
 
 
+def check_sum_of_partials() -> None:
+    """More partial sums than one tile holds, and columns that fill none."""
+    fused = importlib.import_module("automodel_accel.kernels.rms_norm.fused")
+    partial_PH = torch.randint(
+        -9, 10, (2 * fused.PARTIALS + 3, 100), generator=torch.Generator().manual_seed(0)
+    ).float()
+    assert torch.equal(fused.sum_partials(partial_PH, torch.float32), partial_PH.sum(0))
+    assert torch.equal(fused.sum_partials(partial_PH[:0], torch.bfloat16), torch.zeros(100, dtype=torch.bfloat16))
+
+
 def check_package(implementation: str, rms_norm_package: ModuleType) -> None:
     """What a mutant must not survive: every branch, several rows a program, and every property once."""
     operations = [
         (operation(implementation, order, offset, weight, rms_norm_package=rms_norm_package), dtype)
         for order, offset, weight, dtype in VARIANTS
     ]
+    if implementation == "triton":
+        check_sum_of_partials()
     for one, dtype in operations:
         checks.check_shape(one, dtype, (7, 100))
         checks.check_rounding(one, dtype)

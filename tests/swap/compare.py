@@ -39,8 +39,13 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def only(*fusions: str) -> dict[str, str | bool]:
     """Settings for `apply` that switch the other fusions off."""
-    names = [field.name for field in fields(accel.AccelConfig) if field.name != "strict"]
-    return {name: "auto" if name in fusions else False for name in names}
+    return {**dict.fromkeys(fusions, "auto"), **others_off(*fusions)}
+
+
+def others_off(*fusions: str) -> dict[str, bool]:
+    """The same, which leaves how to serve these to other settings."""
+    names = {field.name for field in fields(accel.AccelConfig)} - {"strict", "recompute", "implementation", *fusions}
+    return dict.fromkeys(sorted(names), False)
 
 
 def applied(model: nn.Module, **settings: Any) -> nn.Module:

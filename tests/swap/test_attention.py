@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import automodel_accel as accel
+from automodel_accel.kernels.attention import measure
 from automodel_accel.patches.attention_masks import LazyMask
-from tests.swap.compare import applied, assert_as_good, assert_close, assert_equal, step
+from tests.swap.compare import applied, assert_as_good, assert_close, assert_equal, others_off, step
 from tests.tiny import TOKENS, batch, tiny
 
 # model -> what is special about its attention
@@ -30,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16},
     },
 }
-ONLY: dict[str, Any] = dict.fromkeys(("norm", "mlp", "experts", "rope", "residual", "loss"), False)
+ONLY: dict[str, Any] = others_off("attention")
 EAGER = {"attn_implementation": "eager"}
 
 
@@ -272,3 +273,17 @@ def test_a_lazy_mask_is_the_dense_one_to_whoever_looks() -> None:
     assert len(made) == 1
     with pytest.raises(AttributeError, match="a tensor has no attribute 'nonsense'"):
         _ = mask.nonsense
+
+
+def test_a_measurement_inside_a_checkpoint_is_no_part_of_it() -> None:
+    """The first call of a kind is timed; a checkpoint around it would see tensors that it never sees again."""
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    kind = measure.Kind(torch.device("cpu"), torch.float32, 1, (8, 8), 128, True, frozenset())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        measure.fastest.__wrapped__(kind, ("sdpa", "torch"))
+    assert not kept

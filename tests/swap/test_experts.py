@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import automodel_accel as accel
-from tests.swap.compare import Step, assert_as_good, assert_close, assert_equal, frozen, gradients, step
+from tests.swap.compare import Step, assert_as_good, assert_close, assert_equal, frozen, gradients, others_off, step
 from tests.tiny import _SIZES, batch, shake
 
 COUNT, WIDTH, INNER = 6, 16, 24
@@ -41,7 +41,7 @@ def tiny(name: str = "mixtral", dtype: torch.dtype = torch.float32, **config: An
 
 def only_experts(model: nn.Module) -> nn.Module:
     """An accelerated copy in which nothing but the experts is swapped."""
-    others = dict.fromkeys(("norm", "mlp", "rope", "attention", "residual", "loss"), False)
+    others = others_off("experts")
     return accel.apply(copy.deepcopy(model), **others)
 
 

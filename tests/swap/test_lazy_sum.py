@@ -246,7 +246,7 @@ MUTANTS = (
         "return original(self, *args, **kwargs)",
         "lazy sums leave",
     ),
-    Mutant(RESIDUAL, "if has_hooks(norm) or", "if", "hooks of a norm are skipped"),
+    Mutant(RESIDUAL, "return has_hooks(norm) or", "return", "hooks of a norm are skipped"),
     Mutant(RESIDUAL, 'or "forward" in vars(norm)', "", "a forward set on the norm is skipped"),
     Mutant(RESIDUAL, "setattr(child, FLAG, None)", "pass", "branches stay lazy after their layer"),
     Mutant(

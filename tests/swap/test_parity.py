@@ -21,6 +21,7 @@ def test_loss_and_every_gradient_without_logits(name: str) -> None:
     calls = report.counts.fused.copy()
     calls["norm"] += calls.pop("residual", 0)  # norms that were computed together with the sum before them
     assert calls.pop("attention") == 2
+    assert calls.pop("linear", 0) == report.places("linear")
     assert +calls == {fusion: places for fusion, places in CAUSAL[name].items() if places}
     assert not report.counts.passed_on
     assert report.materialised_logits == 0

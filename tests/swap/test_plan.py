@@ -104,7 +104,7 @@ def test_report_counts_and_names() -> None:
     calls = report.counts.fused.copy()
     calls["norm"] += calls.pop("residual")  # norms that were computed together with the sum before them
     assert calls == {
-        **{fusion: 2 * report.places(fusion) for fusion in ("norm", "mlp", "rope")},
+        **{fusion: 2 * report.places(fusion) for fusion in ("norm", "mlp", "rope", "linear")},
         "attention": 2 * 3,
         "loss": 2,
     }
@@ -114,9 +114,11 @@ def test_json_of_plan_and_report() -> None:
     model = mixed()
     plan = json.loads(accel.plan(model).to_json())
     assert plan.keys() == {"model", "device", "claims", "refusals"}
-    assert {claim["fusion"] for claim in plan["claims"]} == {"norm", "mlp", "rope", "attention", "loss", "residual"}
+    assert {claim["fusion"] for claim in plan["claims"]} == {
+        *("norm", "mlp", "rope", "attention", "loss", "residual", "linear")
+    }
     for claim in plan["claims"]:
-        assert claim.keys() == {"fusion", "paths", "recognised_as", "dtype", "kernels", "passed_over"}
+        assert claim.keys() == {"fusion", "paths", "recognised_as", "dtype", "kernels", "why", "passed_over"}
         assert all(path == "" or model.get_submodule(path) for path in claim["paths"])
     assert all(refusal.keys() == {"fusion", "what", "reason", "remedy"} for refusal in plan["refusals"])
     step(accel.apply(model), **batch())
@@ -125,7 +127,9 @@ def test_json_of_plan_and_report() -> None:
     assert report["refusals"] == plan["refusals"]
     assert report["materialised_logits"] == 0
     assert report["calls"]["loss"] == 1
-    assert {proof["fusion"] for proof in report["proofs"]} == {"norm", "mlp", "rope", "attention", "loss", "residual"}
+    assert {proof["fusion"] for proof in report["proofs"]} == {
+        *("norm", "mlp", "rope", "attention", "loss", "residual", "linear")
+    }
     for proof in report["proofs"]:
         assert proof["refused"] is None
         assert 0 <= proof["share_of_allowed_error"] <= 1

@@ -39,14 +39,23 @@ def untouched(model: nn.Module) -> bool:
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown setting": (
         {"nrom": False},
-        "unknown setting 'nrom'. Did you mean 'norm'? Known: norm, mlp, experts, rope, attention, residual, loss, strict.",
+        "unknown setting 'nrom'. Did you mean 'norm'? Known: implementation, norm, mlp, experts, rope, attention, residual, "
+        "loss, linear, recompute, strict.",
     ),
     "unknown setting in a dict": ({"config": {"los": False}}, "unknown setting 'los'. Did you mean 'loss'?"),
     "unknown implementation": (
         {"norm": "tritton"},
-        "unknown implementation for norm 'tritton'. Did you mean 'triton'? Known: auto, triton, torch.",
+        "unknown implementation for norm 'tritton'. Did you mean 'triton'? Known: auto, triton, torch, te, liger.",
     ),
     "unknown implementation of a fusion without places": ({"loss": "cuda"}, "unknown implementation for loss 'cuda'."),
+    "implementation as a switch": (
+        {"implementation": False},
+        'implementation=False: expected "auto" or the name of an',
+    ),
+    "an implementation that no fusion has": (
+        {"implementation": "tritton"},
+        "unknown implementation 'tritton'. Did you mean",
+    ),
     "a capital letter": ({"mlp": "Triton"}, "Did you mean 'triton'?"),
     "a number": ({"mlp": 1}, 'mlp=1: expected "auto", False, or the name of an implementation.'),
     "None": ({"mlp": None}, 'mlp=None: expected "auto", False, or the name of an implementation.'),

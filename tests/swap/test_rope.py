@@ -15,10 +15,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import automodel_accel as accel
 from automodel_accel.patches.rebind import loaded_globals, rebind, writes_globals
 from tests.swap import rotary_shapes as look
-from tests.swap.compare import Step, assert_as_good, assert_close, gradients, step
+from tests.swap.compare import Step, assert_as_good, assert_close, gradients, others_off, step
 from tests.tiny import batch, tiny
 
-OTHERS_OFF = dict.fromkeys(("norm", "mlp", "experts", "attention", "residual", "loss"), False)
+OTHERS_OFF = others_off("rope")
 
 
 def applied(model: nn.Module, **settings: Any) -> nn.Module:

@@ -251,10 +251,10 @@ def test_dropout_switched_on_after_apply_is_served_by_the_original() -> None:
     for m in (host, ours):
         m.inner.dropout.p = 0.5
     assert_close(run(ours, inputs()), run(host, inputs()))
-    assert not accel.report(ours).counts.fused
+    assert accel.report(ours).counts.fused["mlp"] == 0
     ours.eval(), host.eval()
     assert_close(run(ours, inputs()), run(host, inputs()))
-    assert accel.report(ours).counts.fused == {"mlp": 1}
+    assert accel.report(ours).counts.fused["mlp"] == 1
 
 
 def test_activation_replaced_after_apply_is_used() -> None:

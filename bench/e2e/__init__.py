@@ -1,0 +1,1 @@
+"""Training end to end: `python -m bench.e2e --help`."""

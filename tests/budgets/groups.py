@@ -1,0 +1,59 @@
+"""The groups of figures: how each is measured, and the packages on whose version it depends."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from tests.budgets import layers, loss_memory, machine_code, traffic
+from tests.budgets.ledger import Figures
+from tests.ops.aot_cases import CASES
+
+MODELS = "torch", "transformers"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Figures that are measured together.
+
+    Attributes:
+        measure: Measures them.
+        depends_on: Packages; under another version of one of them the figures are not comparable.
+    """
+
+    measure: Callable[[], Figures]
+    depends_on: tuple[str, ...] = ()
+
+
+def _launches() -> Figures:
+    counts = layers.launches(layers.ours(**layers.TRITON))
+    named = {f"{way} / {name}": float(number) for way, found in counts.items() for name, number in found.items()}
+    return {f"llama / {name}": number for name, number in named.items()} | {
+        "llama / all": float(sum(counts["forward"].values()) + sum(counts["backward"].values()))
+    }
+
+
+def _saved() -> Figures:
+    return {
+        f"{name} / {label}": layers.saved_bytes(name, layers.ours(**settings))
+        for name in layers.SHAPES
+        for label, settings in layers.SAVING.items()
+    }
+
+
+def _machine_code(operation: str) -> Callable[[], Figures]:
+    return lambda: machine_code.figures(machine_code.compiled(operation))
+
+
+MACHINE_CODE = "machine code of "
+GROUPS = {
+    "bytes moved, of the floor": Group(traffic.figures),
+    "launches of a layer": Group(_launches, MODELS),
+    "saved bytes of a layer, per token": Group(_saved, MODELS),
+    "memory of the loss": Group(loss_memory.figures),
+    **{MACHINE_CODE + operation: Group(_machine_code(operation), ("triton",)) for operation in CASES},
+}
+
+
+def versions(group: Group) -> dict[str, str]:
+    """Versions of the packages that the group's figures depend on."""
+    return {package: version(package).partition("+")[0] for package in group.depends_on}
