@@ -192,12 +192,19 @@ ALL_PACKAGES = dict.fromkeys(
 HOPPER = machine("cuda", ALL_PACKAGES)
 
 
+def spoken(value: object) -> str:
+    """The same in every process, which the order of a set is not."""
+    if isinstance(value, frozenset):
+        return ", ".join(sorted(value)) or "plain"
+    return str(getattr(value, "name", value))
+
+
 def named(kernel: Kernel, name: str) -> Implementation:
     (found,) = (one for one in kernel.implementations if one.name == name)
     return found
 
 
-@pytest.mark.parametrize(("kernel", "name", "dtype", "size", "features", "reason"), REFUSED, ids=str)
+@pytest.mark.parametrize(("kernel", "name", "dtype", "size", "features", "reason"), REFUSED, ids=spoken)
 def test_what_an_implementation_does_wrong_is_refused(
     kernel: Kernel, name: str, dtype: torch.dtype, size: int, features: frozenset[str], reason: str
 ) -> None:
