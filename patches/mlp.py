@@ -23,7 +23,7 @@ from automodel_accel.kernels.gated_linear import gated_linear
 from automodel_accel.kernels.recompute import remember
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
 from automodel_accel.patches.probe import all_close, call, functional_copy, gradients, linear_of, recognise
-from automodel_accel.patches.retype import has_hooks, retype
+from automodel_accel.patches.retype import has_hooks, original_class, retype
 
 HIDDEN = 12  # in place of the hidden size; the inner size is the real one, which some modules hold in a number
 NEAR, EXACT = 1e-6, 1e-9  # in float64, of the largest element; a module that activates in float32 is only near
@@ -147,7 +147,7 @@ def _recomputed(original: Callable[..., Any]) -> Callable[..., Any]:
 def _forward(module: nn.Module, form: MlpForm, proven: Proven, counts: Counts) -> Callable[..., Any]:
     original = type(module).forward
     *first, down = form.linears
-    others = [(name, type(child)) for name, child in _beside(module, form.linears)]
+    others = [(name, original_class(child)) for name, child in _beside(module, form.linears)]
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -195,7 +195,12 @@ def _activate(form: MlpForm, projected: list[torch.Tensor]) -> torch.Tensor:
 
 def _is_changed(child: nn.Module | None, was: type[nn.Module]) -> bool:
     """Whether a child that the fused path does not call would do something else than when it was probed."""
-    return type(child) is not was or has_hooks(child) or bool(child.training and getattr(child, "p", 0.0))
+    return (
+        child is None
+        or original_class(child) is not was
+        or has_hooks(child)
+        or bool(child.training and getattr(child, "p", 0.0))
+    )
 
 
 def _dtypes_differ(linears: Iterator[nn.Module]) -> bool:

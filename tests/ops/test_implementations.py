@@ -231,7 +231,7 @@ def test_the_plain_call_is_served_by_all_that_are_installed(kernel: Kernel) -> N
         (attention.KERNEL, "varlen", "gfx942"),
         (rms_norm.KERNEL, "te", "gfx942"),
     ],
-    ids=str,
+    ids=spoken,
 )
 def test_an_architecture_without_its_kernels_is_refused(kernel: Kernel, name: str, arch: str) -> None:
     facts = dataclasses.replace(HOPPER, arch=arch)
