@@ -21,6 +21,7 @@ LEAST = {
     "rope": (126, 78),
     "attention": (158, 89),
     "residual": (136, 91),
+    "linear": (161, 92),
     TOGETHER: (117, 76),
 }
 

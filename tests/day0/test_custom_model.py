@@ -32,7 +32,7 @@ def test_every_fusion_serves_it() -> None:
     assert_close(step(ours, **_batch()), step(model, **_batch()))
     report = accel.report(ours)
     # of 5 norms, 2 take the sum of their layer
-    assert report.counts.fused == {"norm": 3, "residual": 2, "mlp": 2, "rope": 2, "loss": 1}
+    assert report.counts.fused == {"norm": 3, "residual": 2, "mlp": 2, "rope": 2, "linear": 2, "loss": 1}
     assert report.materialised_logits == 0
 
 
