@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import library
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +48,9 @@ def register(name: str, definition: Definition) -> Callable[..., tuple[torch.Ten
     host time of the dispatcher; under torch.compile it is the registered operation, which the graph holds as one node.
     A second differentiation raises in both, and so do the transforms of torch.func.
     """
-    op = torch.library.custom_op(f"automodel_accel::{name}", definition.forward, mutates_args=())
+    op = library.custom_op(f"automodel_accel::{name}", definition.forward, mutates_args=())
     op.register_fake(definition.fake_forward)
-    backward_op = torch.library.custom_op(f"automodel_accel::{name}_backward", definition.backward, mutates_args=())
+    backward_op = library.custom_op(f"automodel_accel::{name}_backward", definition.backward, mutates_args=())
     backward_op.register_fake(definition.fake_backward)
 
     def op_gradients(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:

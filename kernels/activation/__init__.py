@@ -61,7 +61,7 @@ def _module(x: torch.Tensor, implementation: str) -> Any:
 
 
 def _forward(x: torch.Tensor, name: str, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """With an empty tensor beside it: torch.library mistakes a tuple of one for a tensor."""
+    """With an empty tensor beside it: a registered operation mistakes a tuple of one for a tensor."""
     return _module(x, implementation).forward(rows(x), name).view(x.shape), x.new_empty(0)
 
 

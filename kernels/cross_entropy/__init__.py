@@ -201,7 +201,7 @@ def _backward(
     reduction: str,
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """With an empty tensor beside it: torch.library mistakes a tuple of one for a tensor."""
+    """With an empty tensor beside it: a registered operation mistakes a tuple of one for a tensor."""
     target_N, dtype = target.reshape(-1), compute_dtype(logits)
     weight_N, divisor = _row_weights(target_N, token_weight, num_items, ignore_index, reduction, dtype)
     weight = (grad_output.reshape(-1) if reduction == "none" else grad_output) / divisor

@@ -174,7 +174,7 @@ def _up_forward(
     inner = multiply(rows, _in_out(weight, is_transposed), offsets)
     if bias is not None:
         inner += bias.index_select(0, expert.index_select(0, order))
-    return inner, inner.new_empty(0)  # torch.library mistakes a tuple of one for a tensor
+    return inner, inner.new_empty(0)  # a registered operation mistakes a tuple of one for a tensor
 
 
 def _up_fake_forward(

@@ -100,7 +100,9 @@ def _forward(
     gate: torch.Tensor, up: torch.Tensor | None, activation: str, layout: str, implementation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y_NF = _module(gate, activation, implementation).forward(*_gate_and_up(gate, up, layout), activation)
-    return y_NF.view(_out_shape(gate, up)), gate.new_empty(0)  # torch.library mistakes a tuple of one for a tensor
+    return y_NF.view(_out_shape(gate, up)), gate.new_empty(
+        0
+    )  # a registered operation mistakes a tuple of one for a tensor
 
 
 def _fake_forward(

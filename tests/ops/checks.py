@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import library
 
 from automodel_accel.kernels.numerics import judge
 
@@ -302,7 +303,7 @@ def check_compiled(operation: Operation) -> None:
 def check_registered(name: str, *arguments: Any) -> None:
     """The registered operation passes torch's own checks: schema, fake implementation, autograd, tracing."""
     wanted = tuple(x.clone().requires_grad_() if isinstance(x, torch.Tensor) else x for x in arguments)
-    torch.library.opcheck(getattr(torch.ops.automodel_accel, name).default, wanted)
+    library.opcheck(getattr(torch.ops.automodel_accel, name).default, wanted)
 
 
 def check_functorch(operation: Operation) -> None:

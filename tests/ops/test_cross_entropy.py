@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from automodel_accel.kernels import cross_entropy as package
 from tests.ops import checks
@@ -254,7 +255,7 @@ def test_registered(implementation: str, reduction: str) -> None:
     assert logits is not None
     form = (1.5, 3.0, IGNORED, 0.1, 0.01, reduction, implementation)
     arguments = (logits.requires_grad_(), target, torch.rand(5, device=checks.DEVICE), None, *form)
-    torch.library.opcheck(torch.ops.automodel_accel.cross_entropy.default, arguments)
+    library.opcheck(torch.ops.automodel_accel.cross_entropy.default, arguments)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from automodel_accel.kernels import experts as package
 from automodel_accel.kernels.experts import grouped
@@ -258,7 +259,7 @@ def opcheck(name: str, *arguments: Any) -> None:
     wanted = tuple(
         x.clone().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in arguments
     )
-    torch.library.opcheck(getattr(torch.ops.automodel_accel, name).default, wanted)
+    library.opcheck(getattr(torch.ops.automodel_accel, name).default, wanted)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

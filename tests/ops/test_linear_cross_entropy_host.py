@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import library
 
 from automodel_accel.kernels import linear_cross_entropy as package
 from tests.ops import checks
@@ -46,7 +47,7 @@ def test_registered(implementation: str, reduction: str, needs: list[bool]) -> N
     floats = [x for x in (hidden, weight, bias, *low_rank) if x is not None]
     inputs = [*(x.requires_grad_(need) for x, need in zip(floats, needs)), *([None] * (5 - len(floats)))]
     options = (1.5, 3.0, IGNORED, 0.1, reduction, None, None, implementation, needs)
-    torch.library.opcheck(torch.ops.automodel_accel.linear_cross_entropy.default, (*inputs, target, None, *options))
+    library.opcheck(torch.ops.automodel_accel.linear_cross_entropy.default, (*inputs, target, None, *options))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

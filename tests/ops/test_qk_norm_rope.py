@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from automodel_accel.kernels import qk_norm_rope as package
 from tests.ops import checks
@@ -137,7 +138,7 @@ def test_registered(implementation: str, head_axis: int) -> None:
     weights = [torch.randn(10, requires_grad=True) for _ in "qk"]
     options = (EPS, 1.0, "cast_then_mul", "half", head_axis, False, False, False, implementation)
     arguments = (q, k, *weights, *torch.randn(2, 1, 3, 8), *options)
-    torch.library.opcheck(torch.ops.automodel_accel.qk_norm_rope.default, arguments)
+    library.opcheck(torch.ops.automodel_accel.qk_norm_rope.default, arguments)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

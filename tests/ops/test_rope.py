@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from automodel_accel.kernels import rope as package
 from tests.ops import checks
@@ -164,7 +165,7 @@ def test_registered(implementation: str, with_k: bool, head_axis: int) -> None:
     cos, sin = torch.randn(2, 1, 3, 8)
     arguments = ("half", head_axis, False, False, False, implementation)
     wanted = [x.detach().requires_grad_() if x is not None else None for x in (q, k if with_k else None)]
-    torch.library.opcheck(torch.ops.automodel_accel.rope.default, (*wanted, cos, sin, *arguments))
+    library.opcheck(torch.ops.automodel_accel.rope.default, (*wanted, cos, sin, *arguments))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
