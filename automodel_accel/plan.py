@@ -89,7 +89,7 @@ def make_plan(model: nn.Module, config: AccelConfig, facts: Facts, patches: tupl
                 known = [AUTO, *patch.kernel.names()]
                 raise ValueError(unknown_name(f"implementation for {patch.fusion}", wanted, known))
             wanted = AUTO  # named for all fusions, and unknown to this one
-        found = _match_all(patch, model, Context(facts, devices, wanted, config.recompute))
+        found = _match_all(patch, model, Context(facts, devices, wanted, config.recompute, _forwards_of(claims)))
         own = [claim for claim in found if isinstance(claim, Claim)]
         refusals += [(patch.fusion, refusal) for refusal in found if isinstance(refusal, Refusal)]
         refusals += [(patch.fusion, refusal) for refusal in _refused_requests(own, wanted)]
@@ -117,6 +117,10 @@ def _match_all(patch: Patch, model: nn.Module, context: Context) -> list[Claim |
         if match is not None:
             found.append(match)
     return found
+
+
+def _forwards_of(claims: list[Claim]) -> frozenset[str]:
+    return frozenset(path for claim in claims if claim.part == "forward" for path in claim.paths)
 
 
 def _refused_requests(claims: list[Claim], wanted: str) -> Iterator[Refusal]:

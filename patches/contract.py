@@ -30,12 +30,14 @@ class Context:
         devices: Device types to serve.
         wanted: "auto", or the implementation that the user named.
         recompute: What is computed again in backward: "selective", "mlp", "full", or None.
+        taken: Dotted names of the modules whose forward an earlier patch claims.
     """
 
     facts: Facts
     devices: tuple[str, ...]
     wanted: str
     recompute: str | None = None
+    taken: frozenset[str] = frozenset()
 
     def choices(
         self, kernel: Kernel, dtype: torch.dtype, size: int, features: frozenset[str] = frozenset()

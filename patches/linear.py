@@ -58,7 +58,7 @@ class LinearPatch:
     kernel = KERNEL
 
     def __init__(self) -> None:
-        self._taken: set[int | None] = set()
+        self._taken: set[int] = set()
         self._groups: dict[CodeType, tuple[tuple[str, ...], ...]] = {}
         self._paths: dict[int, str] = {}
 
@@ -66,8 +66,7 @@ class LinearPatch:
         """Recognise a module with linears of one input, or a linear; None for anything else."""
         if path == "":
             self._paths = {id(child): name for name, child in module.named_modules()}
-            head = getattr(module, "get_output_embeddings", None)
-            self._taken = {id(head()) if callable(head) else None}
+            self._taken = {id(child) for name, child in module.named_modules() if name in context.taken}  # heads
         if type(module) is nn.Linear:
             alone = context.recompute and id(module) not in self._taken
             return self._claim(LinearForm((), (module.bias is not None,), True), [module], context) if alone else None

@@ -35,6 +35,7 @@ from automodel_accel.patches.heads import (
 )
 from automodel_accel.patches.lazy_logits import LazyLogits
 from automodel_accel.patches.probe import functional_copy
+from automodel_accel.patches.rebind import named_in
 from automodel_accel.patches.retype import MODEL, changed_by_accelerator, forward_replaced, has_backward_hooks, retype
 
 PROBE_HIDDEN = 8
@@ -43,6 +44,7 @@ PROBE_RANK, PROBE_FACTOR, PROBE_REACHED = 2, 0.5, 64
 ADAPTED_VOCAB = 4096  # the kernel that walks along the vocabulary is proved without an adapter
 FLAG = "_accel_lazy"  # on the head's linears: not 0 while their owner runs a training forward with labels
 RAISED, ASKED = 1, 2
+LAZY = "_accel_head"  # on the class of a linear whose product may wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,7 @@ def _adapted(leaves: Mapping[str, torch.Tensor], linear: Callable[..., Any]) -> 
 
 
 def _make_lazy(linear: nn.Module, proven: Proven, counts: Counts) -> None:
-    retype(linear, {"forward": _head_forward(type(linear).forward, proven, counts)}, counts)
+    retype(linear, {"forward": _head_forward(type(linear).forward, proven, counts), LAZY: True}, counts)  # type: ignore[dict-item]
 
 
 def _owner_forward(
@@ -202,6 +204,7 @@ def _owner_forward(
     name = labels_parameter(original)
     assert name is not None
     labels_at = positions.index(name) if name in positions else len(positions)
+    builds_loss = "CrossEntropyLoss" in named_in(original)
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -209,6 +212,9 @@ def _owner_forward(
         labels = kwargs.get("shift_labels") if labels is None else labels
         # a replica of nn.DataParallel must return tensors, which is all that it can gather
         if labels is None or not self.training or not torch.is_grad_enabled() or hasattr(self, "_is_replica"):
+            return original(self, *args, **kwargs)
+        # Dynamo calls a loss module that is built inside of a forward by itself, and breaks the graph at anything but a tensor
+        if builds_loss and torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
         linears = _ready_linears(find(self), proven, counts)
         for linear in linears:
@@ -326,7 +332,7 @@ def _can_wait(head: nn.Linear, hidden: Any) -> bool:
 
 
 def _is_lazy(linear: nn.Module) -> bool:
-    return isinstance(linear, nn.Linear) and hasattr(type(linear), "_accel_owner")
+    return isinstance(linear, nn.Linear) and getattr(type(linear), LAZY, False)
 
 
 def _narrow_head(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

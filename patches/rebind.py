@@ -5,8 +5,9 @@ with the replacements among them: a global that is exchanged in the module later
 """
 
 import dis
+import inspect
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,12 @@ _GLOBALS: "WeakKeyDictionary[types.CodeType, tuple[frozenset[str], bool]]" = Wea
 def loaded_globals(function: types.FunctionType) -> frozenset[str]:
     """Names that the function's code, and what is defined inside it, reads from its globals."""
     return _globals_of(function.__code__)[0]
+
+
+def named_in(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of globals and attributes in the code of a function, under its decorators, and in what is defined inside it."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return frozenset(name for part in _codes(code) for name in part.co_names) if code is not None else frozenset()
 
 
 def writes_globals(function: types.FunctionType) -> bool:

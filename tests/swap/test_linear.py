@@ -410,3 +410,15 @@ def test_the_report_says_it() -> None:
     text = str(accel.report(accel.apply(tiny(), recompute="selective")))
     assert "recompute='selective'" in text
     assert "q_proj, k_proj, v_proj of one input" in text
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_adapted_heads_stay_the_losss(recompute: str) -> None:
+    """The linears of a head are claimed by the loss, and by nothing else."""
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(5)
+    vanilla = peft.get_peft_model(tiny(tie_word_embeddings=False), config)
+    ours = applied(vanilla, recompute=recompute)
+    assert_close(step(ours, **batch()), step(vanilla, **batch()))
+    assert accel.report(ours).counts.fused["loss"] == 1
+    assert accel.report(ours).materialised_logits == 0

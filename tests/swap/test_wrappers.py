@@ -63,6 +63,20 @@ def test_compiled_whole(name: str) -> None:
     assert found == GRAPHS[name]
 
 
+@pytest.mark.parametrize("name", ["bert", "bart"])
+def test_compiled_whole_with_a_loss_module_built_in_the_forward(name: str) -> None:
+    """No graph break, which would give parameters that nothing uses a gradient of zero."""
+    torch._dynamo.reset()
+    model = tiny(name)
+    ours = applied(model)
+    loss = torch.compile(ours, backend="aot_eager", fullgraph=True)(**batch()).loss
+    loss.backward()
+    assert_close(Step(loss.detach(), gradients(ours)), step(model, **batch()))
+    eager = applied(model)
+    step(eager, **batch())
+    assert accel.report(eager).counts.fused["loss"] == 1
+
+
 def test_logits_out_of_a_compiled_step() -> None:
     torch._dynamo.reset()
     model = tiny()
