@@ -10,6 +10,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from automodel_accel.kernels import linear as package
+from automodel_accel.kernels.numerics import judge
 from automodel_accel.kernels.recompute import remember, source_of
 from tests.ops import checks
 from tests.ops.mutants_linear import SOURCES, VALUES
@@ -149,18 +150,27 @@ def test_outputs_that_nobody_uses() -> None:
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(x_dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    x, weights = leaves()
+    rounded = [x.detach().to(x_dtype), *(weight.detach().to(weight_dtype) for weight in weights)]
     found = []
-    for function in (package.linears, package.reference.linears):
-        x, weights = leaves()
-        x = x.detach().to(x_dtype).requires_grad_()
-        weights = [weight.detach().to(weight_dtype).requires_grad_() for weight in weights]
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs = function(x, weights, [None, None])
-        sum(output.float().square().sum() for output in outputs).backward()  # type: ignore[union-attr]
-        found.append([*outputs, x.grad, *(weight.grad for weight in weights)])
-    for ours, theirs in zip(*found, strict=True):
+    for function, dtype in (
+        (package.linears, None),
+        (package.reference.linears, None),
+        (package.reference.linears, torch.float64),
+    ):
+        given = [tensor.to(dtype or tensor.dtype).clone().requires_grad_() for tensor in rounded]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+            outputs = function(given[0], given[1:], [None, None])
+        weighted = [
+            (output.to(dtype or torch.float32) * torch.linspace(-1, 1, output.shape[-1]).to(dtype)).sum()
+            for output in outputs
+        ]
+        torch.stack(weighted).sum().backward()
+        found.append([*outputs, *(tensor.grad for tensor in given)])
+    for ours, theirs, truth in zip(*found, strict=True):
         assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=0.1)
+        verdict = judge(ours, theirs, truth)
+        assert verdict.passed, verdict
 
 
 def test_a_written_output_has_no_source() -> None:

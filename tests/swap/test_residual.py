@@ -3,7 +3,6 @@
 import copy
 import importlib
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -437,15 +436,6 @@ def test_a_llama_layer_saves_no_more_bytes_than_vanilla() -> None:
         saved.append(sum(kept.values()))
         del output
     assert saved[0] < saved[1]
-
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One process with gloo."""
-    store = tmp_path_factory.mktemp("gloo") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield torch.distributed.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(("unit", "served"), [("layer", 2), ("branch", 2), ("norm", 0)])

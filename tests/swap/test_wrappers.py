@@ -164,15 +164,6 @@ def test_lora_merged_and_unloaded() -> None:
     assert accel.report(merged[0]).materialised_logits == 0
 
 
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One process with gloo."""
-    store = tmp_path_factory.mktemp("gloo") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield torch.distributed.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
 def shard(model: nn.Module, mesh: Any, group: str) -> nn.Module:
     """fully_shard in the ways that people do it."""
     layers = list(model.model.layers)
