@@ -7,8 +7,43 @@ print(accel.report(model))     # what was swapped, what was refused and why, wha
 accel.revert(model)            # bit-exact undo
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from automodel_accel.api import RefusedError, accelerated, apply, plan, report, revert
 from automodel_accel.config import AccelConfig
 
+if TYPE_CHECKING:
+    from automodel_accel.callback import AccelCallback
+    from automodel_accel.models import AutoModelForCausalLM, AutoModelForImageTextToText
+
 __version__ = "0.1.0"
-__all__ = ["AccelConfig", "RefusedError", "accelerated", "apply", "plan", "report", "revert"]
+__all__ = [
+    "AccelCallback",
+    "AccelConfig",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "RefusedError",
+    "accelerated",
+    "apply",
+    "plan",
+    "report",
+    "revert",
+]
+
+# imported when they are asked for: they bring transformers, which `import automodel_accel` must not
+_LATER = {
+    "AccelCallback": "automodel_accel.callback",
+    "AutoModelForCausalLM": "automodel_accel.models",
+    "AutoModelForImageTextToText": "automodel_accel.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -73,9 +73,7 @@ def make_plan(model: nn.Module, config: AccelConfig, facts: Facts, patches: tupl
     Raises:
         ValueError: a fusion asks for an implementation that does not exist, or two patches claim one place.
     """
-    known_to_any = dict.fromkeys(name for patch in patches for name in patch.kernel.names())
-    if config.implementation not in (AUTO, *known_to_any):
-        raise ValueError(unknown_name("implementation", config.implementation, [AUTO, *known_to_any]))
+    check_implementations(config, patches)
     claims: list[Claim] = []
     refusals: list[tuple[str, Refusal]] = []
     absent: list[str] = []
@@ -84,11 +82,8 @@ def make_plan(model: nn.Module, config: AccelConfig, facts: Facts, patches: tupl
         wanted = config.wanted(patch.fusion)
         if wanted is None:
             continue
-        if wanted not in (AUTO, *patch.kernel.names()):
-            if config.is_explicit(patch.fusion):
-                known = [AUTO, *patch.kernel.names()]
-                raise ValueError(unknown_name(f"implementation for {patch.fusion}", wanted, known))
-            wanted = AUTO  # named for all fusions, and unknown to this one
+        if wanted not in patch.kernel.names():
+            wanted = AUTO  # also where one is named for all fusions that is unknown to this one
         found = _match_all(patch, model, Context(facts, devices, wanted, config.recompute, _forwards_of(claims)))
         own = [claim for claim in found if isinstance(claim, Claim)]
         refusals += [(patch.fusion, refusal) for refusal in found if isinstance(refusal, Refusal)]
@@ -103,6 +98,21 @@ def make_plan(model: nn.Module, config: AccelConfig, facts: Facts, patches: tupl
         refusals.append(("recompute", no))
     _check_conflicts(claims)
     return Plan(type(model).__name__, facts, config, tuple(claims), tuple(refusals))
+
+
+def check_implementations(config: AccelConfig, patches: tuple[Patch, ...]) -> None:
+    """Whether the implementations that are named exist.
+
+    Raises:
+        ValueError: one does not, with the nearest right name.
+    """
+    for patch in patches:
+        wanted, known = config.wanted(patch.fusion), [AUTO, *patch.kernel.names()]
+        if config.is_explicit(patch.fusion) and wanted not in (None, *known):
+            raise ValueError(unknown_name(f"implementation for {patch.fusion}", str(wanted), known))
+    every = dict.fromkeys([AUTO, *(name for patch in patches for name in patch.kernel.names())])
+    if config.implementation not in every:
+        raise ValueError(unknown_name("implementation", config.implementation, every))
 
 
 def _match_all(patch: Patch, model: nn.Module, context: Context) -> list[Claim | Refusal]:

@@ -72,10 +72,15 @@ def has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
+def accelerator_of(function: Callable[..., Any]) -> str | None:
+    """The other accelerator that a function comes from, or None."""
+    return OTHER_ACCELERATORS.get(_package_of(function))
+
+
 def changed_by_accelerator(path: str, module: nn.Module) -> Refusal | None:
     """Say so when the module's class or forward comes from another accelerator."""
-    packages = (_package_of_forward(module), type(module).__module__.split(".")[0])
-    other = next((OTHER_ACCELERATORS[package] for package in packages if package in OTHER_ACCELERATORS), None)
+    of_class = OTHER_ACCELERATORS.get(type(module).__module__.split(".")[0])
+    other = accelerator_of(_forward_of(module)) or of_class
     if other is None:
         return None
     return Refusal(
@@ -89,14 +94,18 @@ def forward_replaced(path: str, module: nn.Module) -> Refusal | None:
         return None
     return Refusal(
         path or MODEL,
-        f"forward was replaced on the instance by {_package_of_forward(module) or 'somebody'}",
+        f"forward was replaced on the instance by {_package_of(_forward_of(module)) or 'somebody'}",
         "that forward stays; apply before it is replaced (accelerate's device hooks, kernelize)",
     )
 
 
-def _package_of_forward(module: nn.Module) -> str:
-    forward = vars(module).get("forward", type(module).forward)
-    function = getattr(forward, "__func__", forward)
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    found: Callable[..., Any] = vars(module).get("forward", type(module).forward)
+    return found
+
+
+def _package_of(function: Callable[..., Any]) -> str:
+    function = getattr(function, "__func__", function)
     function = getattr(function, "func", function)  # of a partial, such as accelerate's
     return (getattr(function, "__module__", None) or "").split(".")[0]
 

@@ -18,7 +18,7 @@ from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.rope import KERNEL, misfit, rope
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
 from automodel_accel.patches.rebind import loaded_globals, rebind, writes_globals
-from automodel_accel.patches.retype import changed_by_accelerator, forward_replaced, retype
+from automodel_accel.patches.retype import accelerator_of, changed_by_accelerator, forward_replaced, retype
 from automodel_accel.patches.rotary import AXIS, Place, RopeForm, probe
 
 HINTS = ("rotary", "rope")  # only globals with one of these in their name, or that take a cos and a sin, are probed
@@ -52,6 +52,11 @@ class RopePatch:
         if reason is not None:
             return Refusal(path, reason, "the original function stays")
         functions = _functions(callers)
+        other = next((name for function in functions.values() if (name := accelerator_of(function))), None)
+        if other is not None:  # its kernels need not run on a probe's device
+            return Refusal(
+                path, f"its rotary function is {other}'s", "that stays; load the model without it to use ours"
+            )
         forms: Forms = tuple(
             (name, form) for name, f in sorted(functions.items()) if (form := self._probed(f)) is not None
         )

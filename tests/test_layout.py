@@ -24,8 +24,9 @@ LAYERS = (
     {"config", "tables"},
     {"plan", "prove", "report"},
     {"api"},
+    {"building", "callback", "flops", "meter", "models"},
     {"__init__"},
-    {"cli", "__main__"},
+    {"cli", "__main__", "run"},
 )
 # what the lower layers know beside themselves and the standard library
 KNOWN_TO = {"kernels": {"torch", "triton"}, "patches": {"torch", "transformers", "peft"}}

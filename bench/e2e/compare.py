@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from automodel_accel.flops import vendor_peak
 from automodel_accel.kernels.facts import this_machine
 from bench.e2e import documents
 from bench.e2e.agreement import curves, gradients
-from bench.e2e.flops import Flops, step_flops, vendor_peak
+from bench.e2e.flops import Flops, step_flops
 from bench.e2e.job import Job, Measurement
 from bench.e2e.shapes import shape_of
 from bench.e2e.variants import OURS, VANILLA, parse

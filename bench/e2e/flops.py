@@ -8,6 +8,8 @@ and those before it in its own document, and nothing that a variant computes twi
                        q, k and v have no gradient of their input either
     LoRA, adapter      x A and (x A) B: output, gradients of both weights and of x A, and of x where the base has one
     attention          q k and p v forward; the gradients of q, k, p and v
+
+automodel_accel/flops.py counts the same from the modules of any model; the first layer's q, k and v are its one approximation.
 """
 
 from collections.abc import Sequence
@@ -52,24 +54,3 @@ def step_flops(shape: Shape, tokens: int, pairs: int, method: str, rank: int) ->
         adapter = 3 * gemm * rank * shape.layers * sum(one + other for one, other in shape.projections)
         adapter -= gemm * rank * sum(one for one, _ in unread)
     return Flops(linears, attention, head, adapter)
-
-
-# dense bf16 rates by the vendors' data sheets, in FLOP/s; the first name found in the device's name counts
-PEAKS = (
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989.4e12),
-    ("H200", 989.4e12),
-    ("GH200", 989.4e12),
-    ("B200", 2250e12),
-    ("A100", 312e12),
-    ("L40S", 362e12),
-    ("MI300X", 1307e12),
-)
-
-
-def vendor_peak(device_name: str, dtype: str) -> float | None:
-    """FLOP/s of the device in 16 bits by its data sheet; None where it is not listed, or for another dtype."""
-    if dtype not in ("bfloat16", "float16"):
-        return None
-    return next((peak for name, peak in PEAKS if name in device_name), None)

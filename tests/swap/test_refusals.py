@@ -1,6 +1,7 @@
 """Bad input and places that cannot be served: the sentence that the user reads, and that nothing was half done."""
 
 import copy
+import functools
 import logging
 import re
 from typing import Any
@@ -207,6 +208,20 @@ def test_a_model_of_classes_that_liger_has_replaced(monkeypatch: pytest.MonkeyPa
         assert len(found) == places
         assert all("already changed by Liger-Kernel" in text for text in found)
     assert reasons(model, "loss") == []
+
+
+@liger
+def test_a_rotary_function_that_liger_has_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    @functools.wraps(liger_rotary_pos_emb)
+    def run(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        raise AssertionError("another accelerator's kernel was run")
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", run)
+    found = reasons(tiny(), "rope")
+    assert len(found) == 2
+    assert all("its rotary function is Liger-Kernel's" in text for text in found)
 
 
 @liger
