@@ -41,6 +41,7 @@ def plan(
     if (done := _find_report(model)) is not None:
         _check_same_settings(model, done, settings)
         return done.plan
+    _check_wrapping(model)
     with undisturbed(machine.device):
         return make_plan(model, settings, machine, all_patches())
 
@@ -60,7 +61,8 @@ def apply(
         The same model. `report(model)` says what was swapped, what was refused and why.
 
     Raises:
-        ValueError: an unknown setting or implementation, or the model is already applied with other settings.
+        ValueError: an unknown setting or implementation, the model is already applied with other settings, or FSDP1 has wrapped
+            it or a part of it.
         RefusedError: with `strict=True`, an explicit request was refused.
         In every case the model is left as it was.
     """
@@ -68,6 +70,7 @@ def apply(
     settings = AccelConfig.build(config, **fusions)
     if (done := _find_report(model)) is not None:
         return _already_applied(model, done, settings)
+    _check_wrapping(model)
     patches = {patch.fusion: patch for patch in all_patches()}
     modules, machine = dict(model.named_modules()), facts or this_machine()
     with undisturbed(machine.device):
@@ -164,6 +167,16 @@ def _check_same_settings(model: nn.Module, done: Report, settings: AccelConfig) 
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a torch.nn.Module, got a {type(model).__name__}.")
+
+
+def _check_wrapping(model: nn.Module) -> None:
+    """FSDP1 keeps the parameters of its modules elsewhere between calls. FSDP2's are in place: as DTensors, which have a mesh."""
+    managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules())
+    if managed and not any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise ValueError(
+            f"this {type(model).__name__} is wrapped by FullyShardedDataParallel already, which has moved its parameters; apply "
+            "before it is wrapped: FullyShardedDataParallel(automodel_accel.apply(model), ...)."
+        )
 
 
 def _speak_up(result: Report, settings: AccelConfig, no_proof: list[tuple[str, Refusal]]) -> None:

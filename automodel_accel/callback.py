@@ -22,15 +22,17 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from automodel_accel.api import apply, plan, report
 from automodel_accel.config import AccelConfig
 from automodel_accel.kernels.facts import Facts, this_machine
 from automodel_accel.meter import Meter
+from automodel_accel.patches.loss import loss_only
 from automodel_accel.report import Report
 
 logger = logging.getLogger("automodel_accel")
@@ -136,6 +138,8 @@ class AccelCallback(TrainerCallback):
         # W&B's and TensorBoard's callbacks come first otherwise, and report what `logs` holds then. A new list: the handler may
         # be walking along the old one
         trainer.callback_handler.callbacks = [self, *others]
+        if type(trainer).prediction_step in _TAKE_THE_LOSS and "prediction_step" not in vars(trainer):
+            trainer.prediction_step = functools.partial(_predict, trainer.prediction_step)
         if trainer.model_init is not None and getattr(trainer.call_model_init, "func", None) is not _new_model:
             # train() makes another model, of which no callback hears before the optimizer and the wrappers are built
             trainer.call_model_init = functools.partial(_new_model, self, trainer.call_model_init)
@@ -191,6 +195,17 @@ def _some(names: list[str]) -> str:
 def _is_flattened(model: nn.Module) -> bool:
     """FSDP1 trains flat parameters, of which the model's are views."""
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+
+
+# what they return of the outputs is the loss alone where prediction_loss_only is True
+_TAKE_THE_LOSS = (Trainer.prediction_step, Seq2SeqTrainer.prediction_step)
+
+
+def _predict(
+    step: Callable[..., Any], model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+) -> Any:
+    with loss_only(model) if prediction_loss_only else nullcontext():
+        return step(model, inputs, prediction_loss_only, *args, **kwargs)
 
 
 def _new_model(callback: AccelCallback, call_model_init: Callable[..., nn.Module], *args: Any) -> nn.Module:

@@ -22,7 +22,7 @@ _WITHOUT_EFFECT = frozenset(
     {
         *("sliding_window", "cache_position", "use_cache", "return_dict", "labels", "shift_labels", "logits_to_keep"),
         *("num_items_in_batch", "output_hidden_states", "output_router_logits", "cu_seq_lens_k", "max_length_q"),
-        *("max_length_k", "token_type_ids", "mm_token_type_ids"),
+        *("max_length_k", "token_type_ids", "mm_token_type_ids", "seq_idx"),
     }
 )
 

@@ -97,8 +97,14 @@ def objection(path: str, linear: nn.Module) -> Refusal | None:
             place, f"the output head is a {kind}, expected a torch.nn.Linear with its own forward", LOGITS_STAY
         )
     weight: Any = linear.weight
+    if hasattr(weight, "device_mesh"):
+        return Refusal(
+            place,
+            "the head's weight is a DTensor: sharded",
+            f"{LOGITS_STAY}; apply before fully_shard to fuse it (one that is tensor-parallel stays)",
+        )
     if type(weight) not in (nn.Parameter, torch.Tensor):
-        return Refusal(place, f"the head's weight is a {type(weight).__name__}: sharded or quantised", LOGITS_STAY)
+        return Refusal(place, f"the head's weight is a {type(weight).__name__}: quantised", LOGITS_STAY)
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         return Refusal(place, f"the head's weight is {weight.dtype}: quantised", LOGITS_STAY)
     return None

@@ -10,7 +10,8 @@ they give. A LoRA adapter's is recorded as a low-rank sum; what is not recorded 
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,8 @@ PROBE_RANK, PROBE_FACTOR, PROBE_REACHED = 2, 0.5, 64
 ADAPTED_VOCAB = 4096  # the kernel that walks along the vocabulary is proved without an adapter
 FLAG = "_accel_lazy"  # on the head's linears: not 0 while their owner runs a training forward with labels
 RAISED, ASKED = 1, 2
+LOSS_ONLY = "_accel_loss_only"  # on the class of each owner; on an owner: nobody looks at what it returns but the loss
+TORCHS_OWN = F.softmax.__module__  # another accelerator may replace cross_entropy, and would be given what is no tensor
 LAZY = "_accel_head"  # on the class of a linear whose product may wait
 
 
@@ -155,7 +158,8 @@ class LossPatch:
         find: Callable[[nn.Module], Any] = named_head
         if named_head(owner) is None:
             find = operator.methodcaller("get_submodule", claim.paths[-1].removeprefix(claim.paths[0]).lstrip("."))
-        retype(owner, {"forward": _owner_forward(type(owner).forward, find, proven, counts)}, counts)
+        forward = _owner_forward(type(owner).forward, find, proven, counts)
+        retype(owner, {"forward": forward, LOSS_ONLY: False}, counts)  # type: ignore[dict-item]
 
 
 def _draw(form: LossForm, adapted: bool) -> dict[str, torch.Tensor]:
@@ -193,6 +197,19 @@ def _adapted(leaves: Mapping[str, torch.Tensor], linear: Callable[..., Any]) -> 
     return (logits + linear(lora_x, leaves["lora_b"]) * PROBE_FACTOR).to(logits.dtype)
 
 
+@contextmanager
+def loss_only(model: nn.Module) -> Iterator[None]:
+    """Inside, a forward with labels builds no logits in evaluation either; for callers that take nothing but the loss."""
+    owners = [module for module in model.modules() if hasattr(type(module), LOSS_ONLY)]
+    for owner in owners:
+        setattr(owner, LOSS_ONLY, True)
+    try:
+        yield
+    finally:
+        for owner in owners:
+            delattr(owner, LOSS_ONLY)
+
+
 def _make_lazy(linear: nn.Module, proven: Proven, counts: Counts) -> None:
     retype(linear, {"forward": _head_forward(type(linear).forward, proven, counts), LAZY: True}, counts)  # type: ignore[dict-item]
 
@@ -211,7 +228,13 @@ def _owner_forward(
         labels = args[labels_at] if len(args) > labels_at else kwargs.get(name)
         labels = kwargs.get("shift_labels") if labels is None else labels
         # a replica of nn.DataParallel must return tensors, which is all that it can gather
-        if labels is None or not self.training or not torch.is_grad_enabled() or hasattr(self, "_is_replica"):
+        wanted = (self.training and torch.is_grad_enabled()) or getattr(
+            self, LOSS_ONLY, False
+        )  # reverted, but called by a wrapper
+        if labels is None or not wanted or hasattr(self, "_is_replica"):
+            return original(self, *args, **kwargs)
+        if F.cross_entropy.__module__ != TORCHS_OWN:
+            counts.count(counts.passed_on, f"loss: torch's cross_entropy was replaced by {F.cross_entropy.__module__}")
             return original(self, *args, **kwargs)
         # Dynamo calls a loss module that is built inside of a forward by itself, and breaks the graph at anything but a tensor
         if builds_loss and torch.compiler.is_compiling():
@@ -240,7 +263,10 @@ def _ready_linears(head: Any, proven: Proven, counts: Counts) -> list[nn.Module]
     """
     linears = linears_of(head) if isinstance(head, nn.Module) else []
     if not linears or not _is_lazy(linears[0]):
-        counts.count(counts.passed_on, f"loss: the head is a {type(head).__name__} now, not the one that was proved")
+        remedy = "; revert and apply again to fuse it" if is_plain_linear(head) else ""
+        counts.count(
+            counts.passed_on, f"loss: the head is a {type(head).__name__} now, not the one that was proved{remedy}"
+        )
         return []
     if linears == [head]:
         return linears
