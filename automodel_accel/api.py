@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -18,6 +18,9 @@ from automodel_accel.patches.retype import is_retyped, owner_of, restore
 from automodel_accel.plan import Plan, all_patches, make_plan
 from automodel_accel.prove import proof_refusal, prove_all
 from automodel_accel.report import Report
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 logger = logging.getLogger("automodel_accel")
 Model = TypeVar("Model", bound=nn.Module)
@@ -47,13 +50,20 @@ def plan(
 
 
 def apply(
-    model: Model, config: AccelConfig | dict[str, Any] | None = None, *, facts: Facts | None = None, **fusions: Any
+    model: Model,
+    config: AccelConfig | dict[str, Any] | None = None,
+    *,
+    lora: "LoraConfig | dict[str, Any] | None" = None,
+    facts: Facts | None = None,
+    **fusions: Any,
 ) -> Model:
     """Swap fused kernels into `model`, in place, each proved on the spot; undo with `revert`.
 
     Args:
         model: Any `torch.nn.Module`, on any device, meta included. Apply before wrappers (DDP, Trainer) are built.
         config: An `AccelConfig` or a dict of its fields.
+        lora: A `peft.LoraConfig` or a dict of its fields: adapters to add first, as by `peft.get_peft_model`, whose PeftModel is
+            then returned. Targets may hold wildcards: "*_proj".
         facts: The machine to decide for; this one by default.
         **fusions: Fields of `AccelConfig` by name: `norm="torch"`, `loss=False`, `strict=True`.
 
@@ -61,13 +71,15 @@ def apply(
         The same model. `report(model)` says what was swapped, what was refused and why.
 
     Raises:
-        ValueError: an unknown setting or implementation, the model is already applied with other settings, or FSDP1 has wrapped
-            it or a part of it.
+        ValueError: an unknown setting or implementation, a target of `lora` that does not exist, the model is already applied with
+            other settings, or FSDP1 has wrapped it or a part of it.
         RefusedError: with `strict=True`, an explicit request was refused.
         In every case the model is left as it was.
     """
     _check_model(model)
     settings = AccelConfig.build(config, **fusions)
+    if lora is not None:
+        return _apply_with_lora(model, lora, settings, facts)
     if (done := _find_report(model)) is not None:
         return _already_applied(model, done, settings)
     _check_wrapping(model)
@@ -142,6 +154,23 @@ def accelerated(
         yield model
     finally:
         revert(model)
+
+
+def _apply_with_lora(
+    model: Model, lora: "LoraConfig | dict[str, Any]", settings: AccelConfig, facts: Facts | None
+) -> Model:
+    if _find_report(model) is not None:
+        raise ValueError(
+            f"this {type(model).__name__} is already applied; call revert(model) before adding adapters by lora=."
+        )
+    from automodel_accel.adapters import with_lora  # PEFT takes a second to import
+
+    adapted: Any = with_lora(model, lora)
+    with ExitStack() as undo:
+        undo.callback(adapted.unload)
+        apply(adapted, settings, facts=facts)
+        undo.pop_all()
+    return adapted  # type: ignore[no-any-return]
 
 
 def _find_report(model: nn.Module) -> Report | None:

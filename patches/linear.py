@@ -4,6 +4,7 @@ Which children of a module take the same input is read from its forward: `self.q
 given to `x` in between. While the module's forward runs, the first of them computes all, and the others take their result if they
 are called with that very tensor, not written to since; else they compute their own. So a wrong guess costs time, never a result.
 With recompute, each linear whose input is the output of a fused norm or activation saves that one's source (kernels/recompute.py).
+PEFT's LoRA layers take part: what their adapters add is computed with the linear, in the same node of autograd (lora.py).
 """
 
 import dis
@@ -19,7 +20,9 @@ from torch import nn
 
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.linear import KERNEL, linears, reference
+from automodel_accel.kernels.lora import Adapter, Form, draw_mask
 from automodel_accel.kernels.recompute import region, remember, source_of
+from automodel_accel.patches import lora
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
 from automodel_accel.patches.probe import linear_of
 from automodel_accel.patches.retype import is_retyped, retype
@@ -27,6 +30,7 @@ from automodel_accel.patches.retype import is_retyped, retype
 SHARED = "_accel_shared"  # on the linears: what they share while the module's forward runs, else None
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 SIZES = (12, 5, 7, 3)  # of the input and, by turns, of the outputs in a proof
+RANK, SCALE, DROPOUTS = 2, 0.75, (0.0, 0.25)  # of the adapters in a proof
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +40,23 @@ class LinearForm:
     Attributes:
         groups: Names of the children that share an input, for each input; empty for a linear on its own.
         biases: For each of them, in this order, whether it has a bias.
+        adapted: Likewise, whether it is a LoRA layer.
         recompute: Whether a source is saved in place of an input.
     """
 
     groups: tuple[tuple[str, ...], ...]
     biases: tuple[bool, ...]
+    adapted: tuple[bool, ...]
     recompute: bool
 
     def label(self) -> str:
         """For the plan."""
-        if not self.groups:
-            return "its input is computed again in backward, where that is cheap"
-        shared = "; ".join(f"{', '.join(names)} of one input" for names in self.groups)
-        return shared + (", computed again in backward" if self.recompute else "")
+        said = ["; ".join(f"{', '.join(names)} of one input" for names in self.groups)] if self.groups else []
+        if any(self.adapted):
+            said.append("LoRA" if all(self.adapted) else "LoRA on some")
+        if self.recompute:
+            said.append("the input computed again in backward, where that is cheap")
+        return ", ".join(said)
 
 
 class LinearPatch:
@@ -67,9 +75,9 @@ class LinearPatch:
         if path == "":
             self._paths = {id(child): name for name, child in module.named_modules()}
             self._taken = {id(child) for name, child in module.named_modules() if name in context.taken}  # heads
-        if type(module) is nn.Linear:
-            alone = context.recompute and id(module) not in self._taken
-            return self._claim(LinearForm((), (module.bias is not None,), True), [module], context) if alone else None
+        if type(module) is nn.Linear or lora.is_adapted(module):
+            wanted = context.recompute or lora.is_adapted(module)
+            return self._claim((), [module], [], context) if wanted and self._is_free(module) else None
         groups = tuple(
             filter(lambda names: len(names) > 1, map(functools.partial(self._own, module), self._read(module)))
         )
@@ -77,14 +85,22 @@ class LinearPatch:
             return None
         members = [module._modules[name] for names in groups for name in names]
         self._taken.update(map(id, members))
-        biases = tuple(member.bias is not None for member in members)  # type: ignore[union-attr]
-        return self._claim(LinearForm(groups, biases, context.recompute is not None), [*members, module], context)
+        return self._claim(groups, members, [module], context)
 
     def _own(self, module: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those that are plain linears of one width and dtype, and not taken."""
-        found = {name: child for name in names if type(child := module._modules.get(name)) is nn.Linear}
+        """Those that are linears, plain or adapted, of one width and dtype, and not taken."""
+        children = {name: module._modules.get(name) for name in names}
+        found: dict[str, Any] = {
+            name: child
+            for name, child in children.items()
+            if type(child) is nn.Linear or (child is not None and lora.is_adapted(child))
+        }
         kinds = {(child.in_features, child.weight.dtype) for child in found.values()}
-        return tuple(found) if len(kinds) == 1 and self._taken.isdisjoint(map(id, found.values())) else ()
+        return tuple(found) if len(kinds) == 1 and all(map(self._is_free, found.values())) else ()
+
+    def _is_free(self, module: nn.Module) -> bool:
+        """Whether neither the module nor the linear inside of it is somebody's already."""
+        return self._taken.isdisjoint((id(module), id(lora.base_of(module))))
 
     def _read(self, module: nn.Module) -> tuple[tuple[str, ...], ...]:
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
@@ -94,61 +110,90 @@ class LinearPatch:
             self._groups[code] = tuple(_shared_inputs(code))
         return self._groups[code]
 
-    def _claim(self, form: LinearForm, modules: Sequence[Any], context: Context) -> Claim | None:
-        dtype = modules[0].weight.dtype
+    def _claim(
+        self, groups: tuple[tuple[str, ...], ...], members: Sequence[Any], parents: Sequence[Any], context: Context
+    ) -> Claim | None:
+        dtype = members[0].weight.dtype
         if not dtype.is_floating_point or dtype.itemsize < 2:
             return None
-        paths = tuple(self._paths[id(module)] for module in modules)
-        choices = context.choices(KERNEL, dtype, modules[0].in_features)
+        biases = tuple(lora.base_of(member).bias is not None for member in members)
+        form = LinearForm(groups, biases, tuple(map(lora.is_adapted, members)), context.recompute is not None)
+        paths = tuple(self._paths[id(module)] for module in (*members, *parents))
+        choices = context.choices(KERNEL, dtype, members[0].in_features)
         return Claim(self.fusion, paths, form.label(), dtype, form, choices, part="linear")
 
     def keys(self, claim: Claim, device: str) -> list[CallKey]:
-        """Native dtype first; then mixed precision: (device, dtype of the input, of the weights, autocast)."""
+        """Native dtype first; then mixed precision: (device, dtype of the input, of the weights, autocast, of the adapters).
+
+        Adapters are in the dtype of the weights, in the float32 in which PEFT keeps them, or switched off.
+        """
+        form: LinearForm = claim.form  # type: ignore[assignment]
         native, wide = claim.dtype, torch.float32
         low = native if native in LOW_PRECISION else torch.bfloat16
         calls = [(native, native, False), (wide, wide, False), (low, low, False)]
         calls += [(wide, wide, True), (low, wide, True), (low, low, True), (wide, low, True)]
         if native is torch.float64:
             calls = calls[:1]
-        return [(device, *call) for call in dict.fromkeys(calls)]
+        keys = []
+        for x, weight, autocast in dict.fromkeys(calls):
+            lows = dict.fromkeys((weight, torch.promote_types(weight, wide), None)) if any(form.adapted) else (None,)
+            keys += [(device, x, weight, autocast, low) for low in lows if form.groups or low or not any(form.adapted)]
+        return keys
 
     def experiment(self, claim: Claim, module: nn.Module, key: CallKey, implementation: str) -> Experiment:
-        """Narrow linears of one input, as they are, and swapped: those of one group, with a source and without one."""
+        """Narrow linears of one input, as they are, and swapped: those of one group, with a source and without one.
+
+        With adapters, the whole again for each probability of dropout, by the same masks.
+        """
         form: LinearForm = claim.form  # type: ignore[assignment]
-        device, x_dtype, weight_dtype, autocast = key
-        x_type: torch.dtype = x_dtype
-        weight_type: torch.dtype = weight_dtype
-        inputs = {name: tensor.to(device) for name, tensor in _draw(form.biases).items()}
+        device, x_type, weight_type, autocast, low = key
+        inputs = {name: tensor.to(device) for name, tensor in _draw(form, low is not None).items()}
+        dropouts = DROPOUTS if low is not None else DROPOUTS[:1]
+        layers = [module._modules[name] for names in form.groups for name in names] if form.groups else [module]
 
         def theirs(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            members = _members(form, leaves)
-            return torch.cat([member(leaves["x"]).flatten() for _ in range(2) for member in members])
+            torch.manual_seed(0)
+            outputs = []
+            for dropout in dropouts:
+                members = _members(form, layers, leaves, dropout)
+                outputs += [member(leaves["x"]).flatten() for _ in range(2) for member in members]
+            return torch.cat(outputs)
 
         def ours(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            members, counts, names = _members(form, leaves), Counts(), tuple(map(str, range(len(form.biases))))
-            for member in members:
-                retype(
-                    member,
-                    {"forward": _member_forward(type(member).forward, True, {key: implementation}, counts)},
-                    None,
-                )
+            torch.manual_seed(0)
             noted = leaves["x"] * 1
             remember(noted, lambda x: x * 1, leaves["x"])
-            outputs = []
-            for x in (leaves["x"], noted):
-                with _Sharing(dict(zip(names, members, strict=True)), (names,)):
-                    outputs += [member(x).flatten() for member in members]
-            if counts.fused[self.fusion] != (2 if len(members) > 1 else 1):
-                raise RuntimeError(f"the swapped linears did not take the fused path: {dict(counts.passed_on)}")
+            outputs, names = [], tuple(map(str, range(len(form.biases))))
+            for dropout in dropouts:
+                members, counts = _members(form, layers, leaves, dropout), Counts()
+                for member in members:
+                    retype(
+                        member,
+                        {"forward": _member_forward(type(member).forward, True, {key: implementation}, counts)},
+                        None,
+                    )
+                for x in (leaves["x"], noted):
+                    with _Sharing(dict(zip(names, members, strict=True)), (names,)):
+                        outputs += [member(x).flatten() for member in members]
+                if counts.fused[self.fusion] != (2 if len(members) > 1 or low else 1):
+                    raise RuntimeError(f"the swapped linears did not take the fused path: {dict(counts.passed_on)}")
             return torch.cat(outputs)
 
         def truth(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            torch.manual_seed(0)
+            outputs = []
             weights, biases = _parameters(form, leaves)
-            return torch.cat([y.flatten() for _ in range(2) for y in reference.linears(leaves["x"], weights, biases)])
+            for dropout in (dropout for dropout in dropouts for _ in range(2)):
+                adapters = [_adapter(leaves, i, dropout) for i in range(len(form.biases))]
+                masks = [None if adapter is None else draw_mask(leaves["x"].to(low), dropout) for adapter in adapters]
+                products = reference.linears(leaves["x"], weights, biases, adapters=adapters, masks=masks)
+                outputs += [y.flatten() for y in products]
+            return torch.cat(outputs)
 
+        dtypes = {name: low if name[0] in "ab" and name[1:].isdigit() else weight_type for name in inputs}
         return Experiment(
             inputs=inputs,
-            dtypes={**dict.fromkeys(inputs, weight_type), "x": x_type},
+            dtypes={**dtypes, "x": x_type},
             theirs=theirs,
             ours=ours,
             truth=truth,
@@ -222,26 +267,31 @@ def _member_forward(
     original: Callable[..., Any], recompute: bool, proven: Proven, counts: Counts
 ) -> Callable[..., Any]:
     @functools.wraps(original)
-    def forward(self: nn.Module, input: torch.Tensor) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(input) is not torch.Tensor:
-            return original(self, input)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        plain = len(args) == 1 and not kwargs and type(args[0]) is torch.Tensor
+        if not plain or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return original(self, *args, **kwargs)
+        input: torch.Tensor = args[0]
         shared: _Shared | None = vars(self).get(SHARED)
         shared = shared if shared is not None and shared.region == region() else None
         if shared is not None and (output := shared.take(self, input)) is not None:
             return output
-        key = _call_key(self, input)
-        others = shared.members if shared is not None else ()
-        members = [self, *(other for other in others if other is not self and _call_key(other, input) == key)]
-        source = source_of(input) if recompute and any(member.weight.requires_grad for member in members) else None
-        if len(members) == 1 and source is None:
+        if lora.is_adapted(self) and (reason := lora.objection(self)) is not None:
+            counts.count(counts.passed_on, f"linear: LoRA by PEFT: {reason}")
+            return original(self, input)
+        key, members = _members_of_call(self, shared, input)
+        source = source_of(input) if recompute and _is_needed_again(members) else None
+        if len(members) == 1 and source is None and key[-1] is None:
             return original(self, input)
         implementation = proven.get(key)
         if implementation is None:
             counts.count(counts.passed_on, f"linear: not proved for {key}")
             return original(self, input)
         counts.count(counts.fused, LinearPatch.fusion)
-        weights, biases = [member.weight for member in members], [member.bias for member in members]
-        output, *rest = linears(input, weights, biases, source=source, implementation=implementation)  # type: ignore[arg-type]
+        bases = [lora.base_of(member) for member in members]
+        weights, biases = [base.weight for base in bases], [base.bias for base in bases]
+        adapters = [lora.adapter_of(member) if lora.is_adapted(member) else None for member in members]
+        output, *rest = linears(input, weights, biases, adapters=adapters, source=source, implementation=implementation)
         if shared is not None:
             shared.keep(members[1:], input, rest)
         return output
@@ -249,14 +299,33 @@ def _member_forward(
     return forward
 
 
+def _members_of_call(member: Any, shared: "_Shared | None", x: torch.Tensor) -> tuple[CallKey, list[Any]]:
+    """The key of a call, and the linears that are computed in it: those that share x, and whose keys go together."""
+    key, members = _call_key(member, x), [member]
+    for other in shared.members if shared is not None else ():
+        if other is member or (lora.is_adapted(other) and lora.objection(other) is not None):
+            continue
+        *place, low = _call_key(other, x)
+        if place == list(key[:-1]) and (low is None or key[-1] in (None, low)):
+            key, members = (*place, key[-1] or low), [*members, other]
+    return key, members
+
+
+def _is_needed_again(members: Sequence[Any]) -> bool:
+    """Whether backward needs the input: for the gradient of a weight, or of an adapter's A."""
+    return any(lora.is_adapted(member) or member.weight.requires_grad for member in members)
+
+
 def _call_key(linear: Any, x: torch.Tensor) -> CallKey:
-    """What decides whether a call was proved; None where the parameters are not plain tensors of fitting shapes."""
-    weight, bias = linear.weight, linear.bias
+    """What decides whether a call was proved; None first where the parameters are not plain tensors of fitting shapes."""
+    base = lora.base_of(linear)
+    low = lora.dtype_of_adapter(linear) if base is not linear else None
+    weight, bias = base.weight, base.bias
     if type(weight) not in (nn.Parameter, torch.Tensor) or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        return (None, type(weight).__name__)
+        return (None, type(weight).__name__, low)
     if weight.device != x.device or (bias is not None and (bias.dtype, bias.device) != (weight.dtype, weight.device)):
-        return (None, "parameters apart")
-    return x.device.type, x.dtype, weight.dtype, torch.is_autocast_enabled(x.device.type)
+        return (None, "parameters apart", low)
+    return x.device.type, x.dtype, weight.dtype, torch.is_autocast_enabled(x.device.type), low
 
 
 def _shared_inputs(code: CodeType) -> Iterator[tuple[str, ...]]:
@@ -278,14 +347,20 @@ def _shared_inputs(code: CodeType) -> Iterator[tuple[str, ...]]:
     yield from map(tuple, called.values())
 
 
-def _draw(biases: Sequence[bool]) -> dict[str, torch.Tensor]:
+def _draw(form: LinearForm, adapters: bool) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    drawn = {"x": torch.randn(2, 3, SIZES[0], generator=generator, dtype=torch.float64)}
-    for i, has_bias in enumerate(biases):
+
+    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+
+    drawn = {"x": draw(2, 3, SIZES[0])}
+    for i, (has_bias, adapted) in enumerate(zip(form.biases, form.adapted, strict=True)):
         width = SIZES[1 + i % (len(SIZES) - 1)]
-        drawn[f"weight{i}"] = torch.randn(width, SIZES[0], generator=generator, dtype=torch.float64) * SIZES[0] ** -0.5
+        drawn[f"weight{i}"] = draw(width, SIZES[0], scale=SIZES[0] ** -0.5)
         if has_bias:
-            drawn[f"bias{i}"] = torch.randn(width, generator=generator, dtype=torch.float64)
+            drawn[f"bias{i}"] = draw(width)
+        if adapters and adapted:
+            drawn[f"a{i}"], drawn[f"b{i}"] = draw(RANK, SIZES[0], scale=SIZES[0] ** -0.5), draw(width, RANK)
     return drawn
 
 
@@ -296,5 +371,16 @@ def _parameters(
     return [leaves[f"weight{i}"] for i in numbers], [leaves.get(f"bias{i}") for i in numbers]
 
 
-def _members(form: LinearForm, leaves: Mapping[str, torch.Tensor]) -> list[nn.Module]:
-    return [linear_of(weight, bias) for weight, bias in zip(*_parameters(form, leaves), strict=True)]
+def _adapter(leaves: Mapping[str, torch.Tensor], i: int, dropout: float) -> Adapter | None:
+    return Adapter(leaves[f"a{i}"], leaves[f"b{i}"], Form(SCALE, dropout)) if f"a{i}" in leaves else None
+
+
+def _members(
+    form: LinearForm, layers: Sequence[Any], leaves: Mapping[str, torch.Tensor], dropout: float
+) -> list[nn.Module]:
+    """Linears with these tensors, and around them the class of each layer that is adapted, where there are adapters."""
+    bases = [linear_of(weight, bias) for weight, bias in zip(*_parameters(form, leaves), strict=True)]
+    return [
+        lora.example(layer, base, leaves[f"a{i}"], leaves[f"b{i}"], dropout, SCALE) if f"a{i}" in leaves else base
+        for i, (layer, base) in enumerate(zip(layers, bases, strict=True))
+    ]

@@ -21,7 +21,7 @@ MAX_LINES, MAX_STATEMENTS, MAX_STATEMENTS_OF_A_TRITON_KERNEL, MAX_QUIRKS = 500, 
 LAYERS = (
     {"kernels"},
     {"patches"},
-    {"config", "tables"},
+    {"adapters", "config", "tables"},
     {"plan", "prove", "report"},
     {"api"},
     {"building", "callback", "flops", "meter", "models"},

@@ -1,6 +1,7 @@
 """The command `automodel-accel`. Each command imports what it needs when it runs."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -46,6 +47,26 @@ def plan(
     except ValueError as error:
         _fail(str(error))
     print(found.to_json() if json else found)
+
+
+@app.command(
+    epilog="Examples:\n\nautomodel-accel merge out/adapter --to out/merged\n\n"
+    "automodel-accel merge out/adapter --base ./my-model --to out/merged"
+)
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="A folder written by PEFT's save_pretrained.", metavar="ADAPTER")],
+    to: Annotated[Path, typer.Option(help="The folder to write; new or empty.", metavar="FOLDER")],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the base model; default: what the adapter names.")
+    ] = None,
+) -> None:
+    """Merge a LoRA adapter into its base model, and write a plain model that needs no PEFT."""
+    from automodel_accel.cli.merging import merge_adapter
+
+    try:
+        print(merge_adapter(adapter, to, base))
+    except ValueError as error:
+        _fail(str(error))
 
 
 @app.command(epilog="Exit code: 0 when everything that is needed is there, 1 when something is missing or too old.")

@@ -1,6 +1,7 @@
 """The groups of figures: how each is measured, and the packages on whose version it depends."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -25,19 +26,29 @@ class Group:
 
 
 def _launches() -> Figures:
-    counts = layers.launches(layers.ours(**layers.TRITON))
-    named = {f"{way} / {name}": float(number) for way, found in counts.items() for name, number in found.items()}
-    return {f"llama / {name}": number for name, number in named.items()} | {
-        "llama / all": float(sum(counts["forward"].values()) + sum(counts["backward"].values()))
+    of_ours = layers.ours(**layers.TRITON)
+    counts = layers.launches(of_ours)
+    named = {
+        f"llama / {way} / {name}": float(number) for way, found in counts.items() for name, number in found.items()
     }
+    changes = {"llama": of_ours, "llama, LoRA": layers.lora(0.0, of_ours)}
+    return named | {f"{name} / all": _total(layers.launches(change)) for name, change in changes.items()}
+
+
+def _total(counts: Mapping[str, Counter[str]]) -> float:
+    return float(sum(found.total() for found in counts.values()))
 
 
 def _saved() -> Figures:
-    return {
+    figures = {
         f"{name} / {label}": layers.saved_bytes(name, layers.ours(**settings))
         for name in layers.SHAPES
         for label, settings in layers.SAVING.items()
     }
+    for label, settings in layers.SAVING.items():
+        change = layers.lora(layers.DROPOUT, layers.ours(**settings))
+        figures[f"{LORA} / {label}"] = layers.saved_bytes("Llama-3-8B", change)
+    return figures
 
 
 def _machine_code(operation: str) -> Callable[[], Figures]:
@@ -45,6 +56,7 @@ def _machine_code(operation: str) -> Callable[[], Figures]:
 
 
 MACHINE_CODE = "machine code of "
+LORA = f"Llama-3-8B, LoRA with dropout {layers.DROPOUT}"
 GROUPS = {
     "bytes moved, of the floor": Group(traffic.figures),
     "launches of a layer": Group(_launches, MODELS),

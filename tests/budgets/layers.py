@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from typing import Any, TypeVar
 
+import peft
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
@@ -53,6 +54,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3-8B": ("qwen3", QWEN_8B),
     "Qwen3-0.6B": ("qwen3", QWEN_600M),
 }
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DROPOUT = 0.05
 TOKENS = 16
 FEW_WORDS = 64
 
@@ -64,6 +67,20 @@ def vanilla(model: PreTrainedModel) -> None:
 def ours(**settings: Any) -> Change:
     """`apply` with these settings."""
     return lambda model: accel.apply(model, **settings)
+
+
+def lora(dropout: float, then: Change) -> Change:
+    """PEFT's adapters of rank 16 on all linears, in the dtype of the model, of which nothing else trains; and `then`."""
+
+    def change(model: PreTrainedModel) -> None:
+        config = peft.LoraConfig(r=16, lora_dropout=dropout, target_modules=LINEARS)
+        peft.inject_adapter_in_model(config, model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+            parameter.data = parameter.data.to(model.dtype)
+        then(model)
+
+    return change
 
 
 def liger(model: PreTrainedModel) -> None:

@@ -9,9 +9,12 @@ VALUES = (
     Mutant(EAGER, "grad_x.addmm_(grad, ", "grad_x.addmm_(beta=0, mat1=grad, mat2=", "only the last gradient"),
     Mutant(EAGER, "for i, grad in others:", "for i, grad in others[:1]:", "a third linear forgotten"),
     Mutant(EAGER, "return grad_output.t() @ x", "return grad_output.t() @ x.abs()", "gradient of a weight"),
-    Mutant(HOST, "grads_2d[i].sum(0)", "grads_2d[i].mean(0)", "mean for sum in the gradient of a bias"),
+    Mutant(HOST, "given[i].sum(0)", "given[i].mean(0)", "mean for sum in the gradient of a bias"),
     Mutant(
-        HOST, "ctx.module.grad_weight(grads_2d[i], x)", "ctx.module.grad_weight(grads_2d[i], x * 2)", "twice the input"
+        HOST,
+        "ctx.module.grad_weight(given[i], narrow)",
+        "ctx.module.grad_weight(given[i], narrow * 2)",
+        "twice the input",
     ),
 )
 """Caught by values and gradients of several linears."""
@@ -19,6 +22,8 @@ VALUES = (
 SOURCES = (
     Mutant(HOST, "else source.tensors", "else (x,)", "the input is kept in place of its source"),
     Mutant(HOST, "ctx.source.again(kept)", "kept[0]", "the source is taken for the input"),
-    Mutant(HOST, "if any(needs_weights) else ()", "if True else ()", "kept although no weight has a gradient"),
+    Mutant(
+        HOST, "if any((*needs_weights, *needs_a)) else ()", "if True else ()", "kept although no weight has a gradient"
+    ),
 )
 """Caught by what is saved, and by gradients with a source."""
