@@ -20,7 +20,7 @@ from torch import nn
 
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.linear import KERNEL, linears, reference
-from automodel_accel.kernels.lora import Adapter, Form, draw_mask
+from automodel_accel.kernels.lora import Adapter, Form, draw_mask, generator_at, generator_state
 from automodel_accel.kernels.recompute import region, remember, source_of
 from automodel_accel.patches import lora
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
@@ -125,7 +125,8 @@ class LinearPatch:
     def keys(self, claim: Claim, device: str) -> list[CallKey]:
         """Native dtype first; then mixed precision: (device, dtype of the input, of the weights, autocast, of the adapters).
 
-        Adapters are in the dtype of the weights, in the float32 in which PEFT keeps them, or switched off.
+        Adapters are in the dtype of the weights, in the float32 in which PEFT keeps them, or switched off. Autocast computes
+        with them in its own dtype, whatever theirs.
         """
         form: LinearForm = claim.form  # type: ignore[assignment]
         native, wide = claim.dtype, torch.float32
@@ -136,58 +137,50 @@ class LinearPatch:
             calls = calls[:1]
         keys = []
         for x, weight, autocast in dict.fromkeys(calls):
-            lows = dict.fromkeys((weight, torch.promote_types(weight, wide), None)) if any(form.adapted) else (None,)
-            keys += [(device, x, weight, autocast, low) for low in lows if form.groups or low or not any(form.adapted)]
+            lows: list[torch.dtype | None] = [None] if form.groups or not any(form.adapted) else []
+            if any(form.adapted):
+                lows += dict.fromkeys((wide,) if autocast else (weight, torch.promote_types(weight, wide)))
+            keys += [(device, x, weight, autocast, low) for low in lows]
         return keys
 
     def experiment(self, claim: Claim, module: nn.Module, key: CallKey, implementation: str) -> Experiment:
-        """Narrow linears of one input, as they are, and swapped: those of one group, with a source and without one.
+        """Narrow linears of one input, as they are and swapped: those of one group, then again from an input with a source.
 
-        With adapters, the whole again for each probability of dropout, by the same masks.
+        Adapters have no dropout first and some then, by the same random numbers.
         """
         form: LinearForm = claim.form  # type: ignore[assignment]
         device, x_type, weight_type, autocast, low = key
         inputs = {name: tensor.to(device) for name, tensor in _draw(form, low is not None).items()}
-        dropouts = DROPOUTS if low is not None else DROPOUTS[:1]
         layers = [module._modules[name] for names in form.groups for name in names] if form.groups else [module]
+        numbers, start = inputs["x"].device, generator_state(inputs["x"].device)
 
         def theirs(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            torch.manual_seed(0)
-            outputs = []
-            for dropout in dropouts:
-                members = _members(form, layers, leaves, dropout)
-                outputs += [member(leaves["x"]).flatten() for _ in range(2) for member in members]
-            return torch.cat(outputs)
+            with generator_at(start, numbers):
+                members = [member for p in DROPOUTS for member in _members(form, layers, leaves, p)]
+                return torch.cat([member(leaves["x"]).flatten() for member in members])
 
         def ours(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            torch.manual_seed(0)
             noted = leaves["x"] * 1
             remember(noted, lambda x: x * 1, leaves["x"])
-            outputs, names = [], tuple(map(str, range(len(form.biases))))
-            for dropout in dropouts:
-                members, counts = _members(form, layers, leaves, dropout), Counts()
-                for member in members:
-                    retype(
-                        member,
-                        {"forward": _member_forward(type(member).forward, True, {key: implementation}, counts)},
-                        None,
+            outputs, counts = [], Counts()
+            with generator_at(start, numbers):
+                for dropout, x in zip(DROPOUTS, (leaves["x"], noted), strict=True):
+                    outputs += _shared_outputs(
+                        _members(form, layers, leaves, dropout), x, {key: implementation}, counts
                     )
-                for x in (leaves["x"], noted):
-                    with _Sharing(dict(zip(names, members, strict=True)), (names,)):
-                        outputs += [member(x).flatten() for member in members]
-                if counts.fused[self.fusion] != (2 if len(members) > 1 or low else 1):
-                    raise RuntimeError(f"the swapped linears did not take the fused path: {dict(counts.passed_on)}")
+            if counts.fused[self.fusion] != (2 if len(form.biases) > 1 or low else 1):
+                raise RuntimeError(f"the swapped linears did not take the fused path: {dict(counts.passed_on)}")
             return torch.cat(outputs)
 
         def truth(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            torch.manual_seed(0)
             outputs = []
             weights, biases = _parameters(form, leaves)
-            for dropout in (dropout for dropout in dropouts for _ in range(2)):
-                adapters = [_adapter(leaves, i, dropout) for i in range(len(form.biases))]
-                masks = [None if adapter is None else draw_mask(leaves["x"].to(low), dropout) for adapter in adapters]
-                products = reference.linears(leaves["x"], weights, biases, adapters=adapters, masks=masks)
-                outputs += [y.flatten() for y in products]
+            with generator_at(start, numbers):
+                for dropout in DROPOUTS:
+                    adapters = [_adapter(leaves, i, dropout) for i in range(len(form.biases))]
+                    masks = [None if one is None else draw_mask(leaves["x"].to(low), dropout) for one in adapters]
+                    products = reference.linears(leaves["x"], weights, biases, adapters=adapters, masks=masks)
+                    outputs += [y.flatten() for y in products]
             return torch.cat(outputs)
 
         dtypes = {name: low if name[0] in "ab" and name[1:].isdigit() else weight_type for name in inputs}
@@ -209,6 +202,15 @@ class LinearPatch:
             retype(member, {"forward": _member_forward(type(member).forward, form.recompute, proven, counts)}, counts)
         if parent is not None:
             retype(parent, {"forward": _parent_forward(type(parent).forward, form.groups)}, counts)
+
+
+def _shared_outputs(members: list[nn.Module], x: torch.Tensor, proven: Proven, counts: Counts) -> list[torch.Tensor]:
+    """What each of them gives, swapped and in one group."""
+    names = tuple(map(str, range(len(members))))
+    for member in members:
+        retype(member, {"forward": _member_forward(type(member).forward, True, proven, counts)}, None)
+    with _Sharing(dict(zip(names, members, strict=True)), (names,)):
+        return [member(x).flatten() for member in members]
 
 
 class _Sharing:
@@ -319,13 +321,14 @@ def _is_needed_again(members: Sequence[Any]) -> bool:
 def _call_key(linear: Any, x: torch.Tensor) -> CallKey:
     """What decides whether a call was proved; None first where the parameters are not plain tensors of fitting shapes."""
     base = lora.base_of(linear)
-    low = lora.dtype_of_adapter(linear) if base is not linear else None
+    autocast = torch.is_autocast_enabled(x.device.type)
+    low = None if base is linear else torch.float32 if autocast else lora.dtype_of_adapter(linear)
     weight, bias = base.weight, base.bias
     if type(weight) not in (nn.Parameter, torch.Tensor) or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         return (None, type(weight).__name__, low)
     if weight.device != x.device or (bias is not None and (bias.dtype, bias.device) != (weight.dtype, weight.device)):
         return (None, "parameters apart", low)
-    return x.device.type, x.dtype, weight.dtype, torch.is_autocast_enabled(x.device.type), low
+    return x.device.type, x.dtype, weight.dtype, autocast, low
 
 
 def _shared_inputs(code: CodeType) -> Iterator[tuple[str, ...]]:

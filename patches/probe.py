@@ -84,9 +84,10 @@ def functional_copy(
 
 def linear_of(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     """A linear with these tensors, [out, in] and [out] or None, as its own."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear = nn.Linear.__new__(nn.Linear)  # without drawing weights
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = weight.shape
     # plain attributes, not Parameters: they may be autograd leaves that a probe or an experiment made
-    del linear.weight, linear.bias
     linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
     return linear
 
