@@ -1,6 +1,5 @@
 """The operations that are measured: their inputs, their tests, and what they cost at least."""
 
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +41,20 @@ def _layer_norm_inputs(sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
 def _gated_inputs(sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
     gate, up, grad = (_normal(_rows(sizes, "intermediate"), dtype, device, seed) for seed in range(3))
     return {"gate": gate.requires_grad_(), "up": up.requires_grad_(), "grads": (grad,)}
+
+
+def _lora_inputs(sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
+    """Gate and up of an MLP, frozen, and an adapter of each."""
+    hidden, wide, rank = (int(sizes[name]) for name in ("hidden", "intermediate", "rank"))
+    inputs: dict[str, Any] = {"x": _normal(_rows(sizes, "hidden"), dtype, device).requires_grad_()}
+    for seed, name in enumerate(("gate", "up")):
+        inputs[f"{name}_weight"] = _normal((wide, hidden), dtype, device, 10 + seed).mul_(hidden**-0.5)
+        inputs[f"{name}_a"] = _normal((rank, hidden), dtype, device, 20 + seed).mul_(hidden**-0.5).requires_grad_()
+        inputs[f"{name}_b"] = _normal((wide, rank), dtype, device, 30 + seed).requires_grad_()
+    return {
+        **inputs,
+        "grads": tuple(_normal(_rows(sizes, "intermediate"), dtype, device, 40 + seed) for seed in (0, 1)),
+    }
 
 
 def _activation_inputs(sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
@@ -164,6 +177,26 @@ GATED_LINEAR = Operation(
     # forward reads gate and up, writes y; backward reads gate, up and the gradient of y, and writes two gradients
     bytes_floor=lambda sizes, itemsize: 8 * _elements(sizes, "intermediate") * itemsize,
 )
+LORA = Operation(
+    name="lora",
+    about="gate and up of an MLP, frozen, with a low-rank adapter each",
+    tests=("tests/ops/test_lora.py",),
+    models=GATED,
+    custom={"tokens": 4096, "hidden": 1024, "intermediate": 4096, "rank": 16},
+    sizes=lambda model: {"hidden": model.hidden, "intermediate": model.intermediate, "rank": 16},
+    options=lambda model: {"scale": 2.0},
+    inputs=_lora_inputs,
+    # the linears have an output and a gradient of their input; the adapters those of both of their weights too
+    flops=lambda sizes: (
+        8 * _elements(sizes, "hidden") * sizes["intermediate"]
+        + 12 * sizes["tokens"] * sizes["rank"] * (sizes["hidden"] + sizes["intermediate"])
+    ),
+    # forward reads x and two weights and writes two outputs; backward reads their gradients, the weights and x, and writes one
+    bytes_floor=lambda sizes, itemsize: (
+        (3 * _elements(sizes, "hidden") + 4 * (sizes["tokens"] + sizes["hidden"]) * sizes["intermediate"]) * itemsize
+    ),
+    cpu_cut={"intermediate": 4},
+)
 ACTIVATION = Operation(
     name="activation",
     about="the activation of an MLP without a gate",
@@ -240,9 +273,8 @@ CROSS_ENTROPY = Operation(
 
 
 def _all() -> Mapping[str, Operation]:
-    operations = [RMS_NORM, ADD_RMS_NORM, LAYER_NORM, GATED_LINEAR, ACTIVATION, ROPE, ATTENTION, LINEAR_CROSS_ENTROPY]
-    if importlib.util.find_spec("automodel_accel.kernels.cross_entropy") is not None:
-        operations.append(CROSS_ENTROPY)
+    elementwise = [RMS_NORM, ADD_RMS_NORM, LAYER_NORM, GATED_LINEAR, ACTIVATION, ROPE]
+    operations = [*elementwise, LORA, ATTENTION, LINEAR_CROSS_ENTROPY, CROSS_ENTROPY]
     return {operation.name: operation for operation in operations}
 
 

@@ -15,7 +15,7 @@ from bench.case import Case
 from bench.peers import EAGER, OURS, PEERS, Peer
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = {"add_rms_norm": ("rms_norm", "ADD_KERNEL")}
+KERNELS = {"add_rms_norm": ("rms_norm", "ADD_KERNEL"), "lora": ("linear", "KERNEL")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ ON_GPU = frozenset({"cuda"})
 NORMS = frozenset({"rms_norm", "add_rms_norm", "layer_norm"})
 ELEMENTWISE = frozenset({"gated_linear", "activation", "rope"})
 LOSSES = frozenset({"linear_cross_entropy", "cross_entropy"})
-ALL = NORMS | ELEMENTWISE | LOSSES | {"attention"}
+ALL = NORMS | ELEMENTWISE | LOSSES | {"attention", "lora"}
 OURS, EAGER = "ours", "eager"
 
 
@@ -136,6 +136,14 @@ _ALL = (
         module="transformer_engine",
         package="transformer-engine",
         operations=frozenset({"rms_norm", "layer_norm", "gated_linear", "activation", "rope", "attention"}) | LOSSES,
+    ),
+    Peer(
+        name="peft",
+        about="PEFT's layers",
+        module="peft",
+        package="peft",
+        operations=frozenset({"lora"}),
+        devices=EVERYWHERE,
     ),
     Peer(
         name="unsloth",

@@ -1,7 +1,7 @@
 """Torch, operation by operation, as the models of transformers have it; and the same under torch.compile.
 
-Written out as in `LlamaRMSNorm`, `Gemma2RMSNorm`, `LlamaMLP`, `apply_rotary_pos_emb`, `sdpa_attention_forward` and
-`ForCausalLMLoss`: what a user runs who changes nothing.
+Written out as in `LlamaRMSNorm`, `Gemma2RMSNorm`, `LlamaMLP`, `apply_rotary_pos_emb`, `sdpa_attention_forward`, `ForCausalLMLoss`
+and PEFT's `lora.Linear`: what a user runs who changes nothing.
 """
 
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ def forwards(variant: str) -> Mapping[str, Forward]:
         "layer_norm": _layer_norm,
         "gated_linear": lambda inputs: _activated(inputs["gate"], inputs["activation"]) * inputs["up"],
         "activation": lambda inputs: _activated(inputs["x"], inputs["activation"]),
+        "lora": lambda inputs: tuple(_adapted(name, inputs) for name in ("gate", "up")),
         "rope": _rope,
         "attention": _attention,
         "linear_cross_entropy": _linear_cross_entropy,
@@ -61,6 +62,13 @@ def _activated(x: torch.Tensor, name: str) -> torch.Tensor:
     if name == "relu2":
         return F.relu(x).square()
     return F.gelu(x, approximate="tanh") if name == "gelu_tanh" else F.silu(x)
+
+
+def _adapted(name: str, inputs: Inputs) -> torch.Tensor:
+    """As in PEFT's `lora.Linear`."""
+    x: torch.Tensor = inputs["x"]
+    low_rank = F.linear(F.linear(x, inputs[f"{name}_a"]), inputs[f"{name}_b"]) * inputs["scale"]
+    return F.linear(x, inputs[f"{name}_weight"]) + low_rank
 
 
 def _turned(x: torch.Tensor) -> torch.Tensor:

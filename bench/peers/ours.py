@@ -10,7 +10,9 @@ from automodel_accel.kernels.attention import attention
 from automodel_accel.kernels.contract import AUTO
 from automodel_accel.kernels.gated_linear import gated_linear
 from automodel_accel.kernels.layer_norm import layer_norm
+from automodel_accel.kernels.linear import linears
 from automodel_accel.kernels.linear_cross_entropy import linear_cross_entropy
+from automodel_accel.kernels.lora import Adapter, Form
 from automodel_accel.kernels.rms_norm import add_rms_norm, rms_norm
 from automodel_accel.kernels.rope import rope
 from bench.case import Forward, Inputs
@@ -30,6 +32,7 @@ def forwards(variant: str) -> Mapping[str, Forward]:
             inputs["gate"], inputs["up"], activation=inputs["activation"], **_named(inputs)
         ),
         "activation": lambda inputs: activation(inputs["x"], inputs["activation"], **_named(inputs)),
+        "lora": _lora,
         "rope": _rope,
         "attention": lambda inputs: attention(
             *(inputs[name].transpose(1, 2) for name in ("q", "k", "v")), **_named(inputs)
@@ -47,6 +50,13 @@ def _named(inputs: Inputs) -> dict[str, Any]:
 
 def _norm(inputs: Inputs) -> dict[str, Any]:
     return {name: inputs[name] for name in ("eps", "offset", "order")}
+
+
+def _lora(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    form, names = Form(inputs["scale"]), ("gate", "up")
+    adapters = [Adapter(inputs[f"{name}_a"], inputs[f"{name}_b"], form) for name in names]
+    weights = [inputs[f"{name}_weight"] for name in names]
+    return linears(inputs["x"], weights, [None, None], adapters=adapters, **_named(inputs))
 
 
 def _rope(inputs: Inputs) -> tuple[torch.Tensor, ...]:
