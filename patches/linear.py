@@ -29,8 +29,8 @@ from automodel_accel.patches.retype import is_retyped, retype
 
 SHARED = "_accel_shared"  # on the linears: what they share while the module's forward runs, else None
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-SIZES = (12, 5, 7, 3)  # of the input and, by turns, of the outputs in a proof
-RANK, SCALE, DROPOUTS = 2, 0.75, (0.0, 0.25)  # of the adapters in a proof
+SIZES = (16, 10, 14, 6)  # of the input and, by turns, of the outputs in a proof
+RANK, SCALE, DROPOUTS = 4, 0.5, (0.0, 0.5)  # of the adapters in a proof
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,8 @@ class LinearPatch:
     def experiment(self, claim: Claim, module: nn.Module, key: CallKey, implementation: str) -> Experiment:
         """Narrow linears of one input, as they are and swapped: those of one group, then again from an input with a source.
 
-        Adapters have no dropout first and some then, by the same random numbers.
+        Adapters have no dropout first and some then, by the same random numbers. All values and their sums are few multiples of a
+        power of 2, which every dtype holds: on so few elements it would be chance whose rounding is nearer to the truth.
         """
         form: LinearForm = claim.form  # type: ignore[assignment]
         device, x_type, weight_type, autocast, low = key
@@ -157,7 +158,7 @@ class LinearPatch:
         def theirs(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
             with generator_at(start, numbers):
                 members = [member for p in DROPOUTS for member in _members(form, layers, leaves, p)]
-                return torch.cat([member(leaves["x"]).flatten() for member in members])
+                return _total([member(leaves["x"]) for member in members])
 
         def ours(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
             noted = leaves["x"] * 1
@@ -170,18 +171,18 @@ class LinearPatch:
                     )
             if counts.fused[self.fusion] != (2 if len(form.biases) > 1 or low else 1):
                 raise RuntimeError(f"the swapped linears did not take the fused path: {dict(counts.passed_on)}")
-            return torch.cat(outputs)
+            return _total(outputs)
 
         def truth(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            outputs = []
+            outputs: list[torch.Tensor] = []
             weights, biases = _parameters(form, leaves)
             with generator_at(start, numbers):
                 for dropout in DROPOUTS:
                     adapters = [_adapter(leaves, i, dropout) for i in range(len(form.biases))]
                     masks = [None if one is None else draw_mask(leaves["x"].to(low), dropout) for one in adapters]
                     products = reference.linears(leaves["x"], weights, biases, adapters=adapters, masks=masks)
-                    outputs += [y.flatten() for y in products]
-            return torch.cat(outputs)
+                    outputs += products
+            return _total(outputs)
 
         dtypes = {name: low if name[0] in "ab" and name[1:].isdigit() else weight_type for name in inputs}
         return Experiment(
@@ -210,7 +211,7 @@ def _shared_outputs(members: list[nn.Module], x: torch.Tensor, proven: Proven, c
     for member in members:
         retype(member, {"forward": _member_forward(type(member).forward, True, proven, counts)}, None)
     with _Sharing(dict(zip(names, members, strict=True)), (names,)):
-        return [member(x).flatten() for member in members]
+        return [member(x) for member in members]
 
 
 class _Sharing:
@@ -350,20 +351,27 @@ def _shared_inputs(code: CodeType) -> Iterator[tuple[str, ...]]:
     yield from map(tuple, called.values())
 
 
+def _total(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A scalar that every element is in, by a weight of -1, 0 or 1, in the dtype of the outputs."""
+    joined = torch.cat([output.flatten() for output in outputs])
+    weights = torch.randint(-1, 2, joined.shape, generator=torch.Generator().manual_seed(1)).to(joined)
+    return (joined * weights).sum(dtype=torch.promote_types(joined.dtype, torch.float32)).to(joined.dtype)
+
+
 def _draw(form: LinearForm, adapters: bool) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+    def draw(*shape: int, most: float = 1.0, steps: int = 1) -> torch.Tensor:
+        return torch.randint(-steps, steps + 1, shape, generator=generator, dtype=torch.float64) * (most / steps)
 
     drawn = {"x": draw(2, 3, SIZES[0])}
     for i, (has_bias, adapted) in enumerate(zip(form.biases, form.adapted, strict=True)):
         width = SIZES[1 + i % (len(SIZES) - 1)]
-        drawn[f"weight{i}"] = draw(width, SIZES[0], scale=SIZES[0] ** -0.5)
+        drawn[f"weight{i}"] = draw(width, SIZES[0], most=0.5, steps=2)
         if has_bias:
-            drawn[f"bias{i}"] = draw(width)
+            drawn[f"bias{i}"] = draw(width, steps=2)
         if adapters and adapted:
-            drawn[f"a{i}"], drawn[f"b{i}"] = draw(RANK, SIZES[0], scale=SIZES[0] ** -0.5), draw(width, RANK)
+            drawn[f"a{i}"], drawn[f"b{i}"] = draw(RANK, SIZES[0]), draw(width, RANK, most=0.5)
     return drawn
 
 

@@ -1,7 +1,7 @@
 """Low-rank adapters of linears (LoRA): what they add to the products and to the gradients of `linears` (kernels/linear).
 
-    p = drop(x) A^T       y += s p B^T        drop(x) = x * mask / (1 - q): an element is kept with probability 1 - q
-    dp = s dy B           dA = dp^T drop(x)         dB = s dy^T p         dx += drop(dp A), by the same mask
+    p = (m * x) A^T       y += f p B^T        f = s / (1 - q): an element of the mask m is 1 with probability 1 - q, else 0
+    dp = f dy B           dA = dp^T (m * x)         dB = f dy^T p         dx += m * (dp A)
 
 Of N tokens, H -> F with rank R: 2 N R (H + F) FLOPs forward, twice that backward; the base is 2 N H F. The low-rank product is
 written first and the base's GEMM adds to it (beta = 1), so the output is read once by a GEMM, not by kernels of its own;
@@ -33,6 +33,11 @@ class Form:
 
     scale: float
     dropout: float = 0.0
+
+    @property
+    def factor(self) -> float:
+        """f: the scale of what is kept of x is part of it, so that it costs no rounding of its own."""
+        return self.scale / (1 - self.dropout) if self.dropout < 1 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +76,10 @@ def cast(tensors: Tensors, dtype: torch.dtype) -> list[torch.Tensor | None]:
 
 
 def draw_mask(x: torch.Tensor, probability: float) -> torch.Tensor:
-    """What dropout multiplies x by, 0 or 1 / (1 - q), by the next random numbers of x's device."""
+    """1 where torch's dropout of x would keep an element, else 0, by the next random numbers of x's device."""
     # of new memory: on a GPU which numbers an element takes depends on how the memory is aligned
-    return F.dropout(torch.ones(x.shape, dtype=x.dtype, device=x.device), probability)
+    ones = torch.ones(x.shape, dtype=x.dtype, device=x.device)
+    return F.dropout(ones, probability, inplace=True).clamp_(max=1)
 
 
 def generator_state(device: torch.device) -> torch.Tensor:

@@ -36,7 +36,7 @@ class Projected:
 
 
 def dropped(x: torch.Tensor, form: Form, state: torch.Tensor) -> torch.Tensor:
-    """drop(x), in new memory, by the mask that was drawn when the generator was in `state`."""
+    """m * x, in new memory, by the mask that was drawn when the generator was in `state`."""
     with generator_at(state, x.device):
         return draw_mask(x, form.dropout).mul_(x)
 
@@ -54,9 +54,9 @@ def project(x_NH: torch.Tensor, a: Tensors, forms: Forms) -> tuple[dict[int, tor
 
 
 def product(p_NR: torch.Tensor, b_FR: torch.Tensor, bias: torch.Tensor | None, form: Form) -> torch.Tensor:
-    """s p B^T + bias, in new memory."""
+    """f p B^T + bias, in new memory."""
     start = p_NR.new_empty(()) if bias is None else bias
-    return torch.addmm(start, p_NR, b_FR.t(), beta=0 if bias is None else 1, alpha=form.scale)
+    return torch.addmm(start, p_NR, b_FR.t(), beta=0 if bias is None else 1, alpha=form.factor)
 
 
 def grad_projected(grad_outputs: Mapping[int, torch.Tensor], b: Tensors, forms: Forms) -> Projected:
@@ -66,7 +66,7 @@ def grad_projected(grad_outputs: Mapping[int, torch.Tensor], b: Tensors, forms: 
     for i, grad in grad_outputs.items():
         b_FR, form = b[i], forms[i]
         if b_FR is not None and form is not None and form.dropout:
-            others[i] = torch.addmm(grad.new_empty(()), grad, b_FR, beta=0, alpha=form.scale)
+            others[i] = torch.addmm(grad.new_empty(()), grad, b_FR, beta=0, alpha=form.factor)
         elif b_FR is not None:
             plain[i] = b_FR.shape[1]
     if not plain:
@@ -74,7 +74,7 @@ def grad_projected(grad_outputs: Mapping[int, torch.Tensor], b: Tensors, forms: 
     any_grad = grad_outputs[next(iter(plain))]
     plain_NR = any_grad.new_empty(any_grad.shape[0], sum(plain.values()))
     for i, out in _by_number(plain, plain_NR, 1).items():
-        torch.addmm(out, grad_outputs[i], b[i], beta=0, alpha=forms[i].scale, out=out)  # type: ignore[union-attr,arg-type]
+        torch.addmm(out, grad_outputs[i], b[i], beta=0, alpha=forms[i].factor, out=out)  # type: ignore[union-attr,arg-type]
     return Projected(plain, plain_NR, others)
 
 
@@ -88,7 +88,7 @@ def grad_a(grads: Projected, x_NH: torch.Tensor, forms: Forms, states: States) -
 
 def grad_b(grad_output_NF: torch.Tensor, p_NR: torch.Tensor, form: Form) -> torch.Tensor:
     """dB [F, R]."""
-    return torch.addmm(p_NR.new_empty(()), grad_output_NF.t(), p_NR, beta=0, alpha=form.scale)
+    return torch.addmm(p_NR.new_empty(()), grad_output_NF.t(), p_NR, beta=0, alpha=form.factor)
 
 
 def grad_input(grads: Projected, a: Tensors, forms: Forms, states: States) -> torch.Tensor | None:

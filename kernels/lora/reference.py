@@ -7,7 +7,7 @@ from automodel_accel.kernels.lora import Adapter
 
 
 def low_rank(x: torch.Tensor, adapter: Adapter, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """What is added to the linear's product: [..., H] -> [..., F], in the adapter's dtype; `mask` is dropout's, of x's shape."""
+    """What is added to the linear's product: [..., H] -> [..., F], in the adapter's dtype; `mask` is 0 or 1, of x's shape."""
     x = x.to(adapter.a_RH.dtype)
     x = x if mask is None else x * mask.to(x.dtype)
-    return F.linear(F.linear(x, adapter.a_RH), adapter.b_FR) * adapter.form.scale
+    return F.linear(F.linear(x, adapter.a_RH), adapter.b_FR) * adapter.form.factor

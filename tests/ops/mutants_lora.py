@@ -11,7 +11,7 @@ VALUES = (
     Mutant(EAGER, "for part in rest:", "for part in rest[:0]:", "only one adapter reaches x"),
     Mutant(EAGER, "grads.plain_NR.t() @ x_NH", "grads.plain_NR.t() @ x_NH.abs()", "gradient of A"),
     Mutant(
-        EAGER, "grad_output_NF.t(), p_NR, beta=0, alpha=form.scale", "grad_output_NF.t(), p_NR, beta=0", "B unscaled"
+        EAGER, "grad_output_NF.t(), p_NR, beta=0, alpha=form.factor", "grad_output_NF.t(), p_NR, beta=0", "B unscaled"
     ),
     Mutant(HOST, "start = low_rank.grad_input(", "start = None and low_rank.grad_input(", "x without the adapters"),
 )
