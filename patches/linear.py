@@ -279,9 +279,12 @@ def _member_forward(
         shared = shared if shared is not None and shared.region == region() else None
         if shared is not None and (output := shared.take(self, input)) is not None:
             return output
-        if lora.is_adapted(self) and (reason := lora.objection(self)) is not None:
-            counts.count(counts.passed_on, f"linear: LoRA by PEFT: {reason}")
-            return original(self, input)
+        if lora.is_adapted(self):
+            if not self.training:
+                return original(self, input)  # an evaluation gives PEFT's bits
+            if (reason := lora.objection(self)) is not None:
+                counts.count(counts.passed_on, f"linear: LoRA by PEFT: {reason}")
+                return original(self, input)
         key, members = _members_of_call(self, shared, input)
         source = source_of(input) if recompute and _is_needed_again(members) else None
         if len(members) == 1 and source is None and key[-1] is None:
@@ -306,7 +309,7 @@ def _members_of_call(member: Any, shared: "_Shared | None", x: torch.Tensor) -> 
     """The key of a call, and the linears that are computed in it: those that share x, and whose keys go together."""
     key, members = _call_key(member, x), [member]
     for other in shared.members if shared is not None else ():
-        if other is member or (lora.is_adapted(other) and lora.objection(other) is not None):
+        if other is member or (lora.is_adapted(other) and (not other.training or lora.objection(other) is not None)):
             continue
         *place, low = _call_key(other, x)
         if place == list(key[:-1]) and (low is None or key[-1] in (None, low)):

@@ -80,6 +80,7 @@ def test_demo_figures_are_those_of_two_equal_trainings(demo: tuple[str, Path]) -
         "rope",
         "attention",
         "residual",
+        "linear",
         "loss",
     }
     assert "report" not in vanilla

@@ -420,6 +420,7 @@ def assert_fused(done: Run, losses: int = MICRO_BATCHES, materialised: int = 0) 
     assert report.places("loss") == 1
     assert counts.fused["loss"] == losses
     assert report.materialised_logits == materialised, dict(counts.materialised)
-    assert not [reason for reason in counts.passed_on if not reason.startswith("attention: ")]
+    known = ("attention: ", "linear: LoRA by PEFT: its adapters are merged or switched off")
+    assert not [reason for reason in counts.passed_on if not reason.startswith(known)]
     fusions = ("norm", "mlp", "rope", "residual")
     assert not [fusion for fusion in fusions if report.places(fusion) and not counts.fused[fusion]], dict(counts.fused)
