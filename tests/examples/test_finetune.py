@@ -1,5 +1,6 @@
 """The demo from end to end, and what it says to wrong input."""
 
+import functools
 import importlib.util
 import json
 import signal
@@ -172,7 +173,9 @@ def test_wrong_input_ends_the_whole_demo_with_code_2(chat_model: Path, tmp_path:
 def test_a_stopped_demo_leaves_no_process_and_no_traceback(chat_model: Path, chat_data: Path, tmp_path: Path) -> None:
     given = ("--model", str(chat_model), "--data", str(chat_data), "--output", str(tmp_path / "out"))
     command = [*LAUNCH, SCRIPT, *given, *FLAGS, "--steps", "1000000"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, bufsize=1) as running:
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen(command, **pipes, preexec_fn=heed) as running:
         assert running.stderr is not None
         said = ""
         while "loss=" not in said:

@@ -82,6 +82,7 @@ def end(how: str) -> None:
         sys.excepthook = show_shortly
         fail()
     elif how == "interrupt":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
         signal.raise_signal(signal.SIGINT)
     elif how == "optimizer":
         build_optimizer_of_nothing()
