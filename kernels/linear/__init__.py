@@ -147,7 +147,7 @@ def _low_rank(
     for i, b_FR in zip(adapted, lora.cast([b[i] for i in adapted], low), strict=True):
         bias = biases[i]
         early = bias is not None and torch.promote_types(low, bias.dtype) is low  # else it would be rounded
-        starts[i] = low_rank.product(p[i], b_FR, bias.to(low) if early else None, forms[i]).to(dtype)  # type: ignore
+        starts[i] = low_rank.product(p[i], b_FR, bias.to(low) if early else None, forms[i]).to(dtype)  # type: ignore[union-attr]
         if bias is not None and not early:
             starts[i] += bias
     return [p.get(i) for i in range(len(forms))], starts, states
@@ -169,7 +169,7 @@ def _low_rank_gradients(
     if not grads:
         return None, [None] * ctx.count, [None] * ctx.count
     *_, needs_a, needs_b = needs
-    grads_b = [low_rank.grad_b(grads[i], p[i], forms[i]).to(b[i].dtype) if needs_b[i] else None for i in numbers]  # type: ignore
+    grads_b = [low_rank.grad_b(grads[i], p[i], forms[i]).to(b[i].dtype) if needs_b[i] else None for i in numbers]  # type: ignore[union-attr]
     if not needs_x and not any(needs_a):
         return None, [None] * ctx.count, grads_b
     grad_p = low_rank.grad_projected(grads, lora.cast(b, low), forms)
