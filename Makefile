@@ -20,7 +20,7 @@ demo: $(VENV)/demo.ready ## fine-tune a real model on real data, vanilla and acc
 	$(BIN)/python examples/finetune.py $(ARGS)
 
 test: lint ## lint, types and every test (ARGS="tests/ops" for some)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: lint ## before a commit: the same without the slow tests
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

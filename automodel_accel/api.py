@@ -41,7 +41,7 @@ def plan(
     """
     _check_model(model)
     settings, machine = AccelConfig.build(config, **fusions), facts or this_machine()
-    if (done := _find_report(model)) is not None:
+    if (done := find_report(model)) is not None:
         _check_same_settings(model, done, settings)
         return done.plan
     _check_wrapping(model)
@@ -80,7 +80,7 @@ def apply(
     settings = AccelConfig.build(config, **fusions)
     if lora is not None:
         return _apply_with_lora(model, lora, settings, facts)
-    if (done := _find_report(model)) is not None:
+    if (done := find_report(model)) is not None:
         return _already_applied(model, done, settings)
     _check_wrapping(model)
     patches = {patch.fusion: patch for patch in all_patches()}
@@ -116,7 +116,7 @@ def report(model: nn.Module) -> Report:
         ValueError: `apply` was not called on it, or it was reverted.
     """
     _check_model(model)
-    found = _find_report(model)
+    found = find_report(model)
     if found is None:
         raise ValueError(f"this {type(model).__name__} is not applied; call automodel_accel.apply(model) first.")
     return found
@@ -146,7 +146,7 @@ def accelerated(
     model: Model, config: AccelConfig | dict[str, Any] | None = None, *, facts: Facts | None = None, **fusions: Any
 ) -> Iterator[Model]:
     """`apply` for the length of a with block; a model that was applied before stays applied. Takes the arguments of `apply`."""
-    if _find_report(model) is not None:
+    if find_report(model) is not None:
         yield apply(model, config, facts=facts, **fusions)
         return
     apply(model, config, facts=facts, **fusions)
@@ -159,7 +159,7 @@ def accelerated(
 def _apply_with_lora(
     model: Model, lora: "LoraConfig | dict[str, Any]", settings: AccelConfig, facts: Facts | None
 ) -> Model:
-    if _find_report(model) is not None:
+    if find_report(model) is not None:
         raise ValueError(
             f"this {type(model).__name__} is already applied; call revert(model) before adding adapters by lora=."
         )
@@ -173,7 +173,8 @@ def _apply_with_lora(
     return adapted  # type: ignore[no-any-return]
 
 
-def _find_report(model: nn.Module) -> Report | None:
+def find_report(model: nn.Module) -> Report | None:
+    """What `report` returns, or None where the model is not applied."""
     owners = (owner_of(module) for module in model.modules())
     counts = next((owner for owner in owners if isinstance(owner, Counts)), None)
     return counts.report if counts is not None else _REPORTS.get(model)  # type: ignore[return-value]

@@ -22,7 +22,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from automodel_accel.api import apply, report
+from automodel_accel.api import apply, find_report, report
 from automodel_accel.config import AccelConfig
 from automodel_accel.report import Report
 
@@ -50,7 +50,7 @@ class Building:
         """Remember a model that was built or copied."""
         if self._applying:  # a proof's own
             return
-        if _report_of(model) is not None:  # a copy of a model that was applied
+        if find_report(model) is not None:  # a copy of a model that was applied
             self._forget(model)
             return
         self._noted.add(model)
@@ -87,7 +87,7 @@ class Building:
 
     def _apply(self, model: nn.Module) -> None:
         self._forget(model)
-        done = _report_of(model)
+        done = find_report(model)
         if done is None:
             done = self._apply_now(model)
         if all(done is not other for other in self.reports):
@@ -134,14 +134,6 @@ class Building:
 def _is_on_meta(model: nn.Module) -> bool:
     """Whether it has no weights yet: a call within from_pretrained."""
     return any(parameter.is_meta for parameter in model.parameters())
-
-
-def _report_of(model: nn.Module) -> Report | None:
-    """None for a model that is not applied: by us, by the script itself, or as a copy of an applied one."""
-    try:
-        return report(model)
-    except ValueError:
-        return None
 
 
 def _summary(done: Report, seconds: float) -> str:

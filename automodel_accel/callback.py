@@ -28,12 +28,11 @@ from typing import Any
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from automodel_accel.api import apply, plan, report
+from automodel_accel.api import apply, find_report, plan
 from automodel_accel.config import AccelConfig
 from automodel_accel.kernels.facts import Facts, this_machine
 from automodel_accel.meter import Meter
 from automodel_accel.patches.loss import loss_only
-from automodel_accel.report import Report
 
 logger = logging.getLogger("automodel_accel")
 MOVE = "pass it to the Trainer instead: Trainer(..., callbacks=[AccelCallback()])"
@@ -72,11 +71,11 @@ class AccelCallback(TrainerCallback):
         self._stop()
         trainer, model = _calling_trainer(), kwargs["model"]
         self._settle(args, trainer)
-        if _report_of(model) is None and (reason := _too_late(model, trainer)) is not None:
+        if find_report(model) is None and (reason := _too_late(model, trainer)) is not None:
             raise ValueError(f"AccelCallback was added after the Trainer was built, and {reason}; {MOVE}.")
         self._apply(model)
         check_optimizer(model, kwargs.get("optimizer"))
-        done = _report_of(model)
+        done = find_report(model)
         assert done is not None
         if trainer is None:
             logger.warning(
@@ -146,7 +145,7 @@ class AccelCallback(TrainerCallback):
 
     def _apply(self, model: nn.Module) -> None:
         """Apply to a model that is not; quiet about one that is, unless it was asked for other settings."""
-        if _report_of(model) is None:
+        if find_report(model) is None:
             apply(model, self._settings, facts=self._facts)
         elif self._settings != AccelConfig():
             plan(model, self._settings)  # raises where the settings are not those of the model
@@ -228,16 +227,6 @@ def _calling_trainer() -> Any:
             if isinstance(caller, Trainer):
                 return caller
         frame = frame.f_back
-    return None
-
-
-def _report_of(model: nn.Module) -> Report | None:
-    for candidate in (model, getattr(model, "module", None)):  # FSDP1 stands in the model's place
-        if isinstance(candidate, nn.Module):
-            try:
-                return report(candidate)
-            except ValueError:
-                continue
     return None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import DataCollatorWithFlattening, TrainerCallback
 
 import automodel_accel as accel
@@ -169,9 +170,6 @@ def _resident_gb() -> float:
 
 
 def test_tensorboard_shows_the_figures_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     trainer = trainer_of(tmp_path, AccelCallback(), report_to="tensorboard", max_steps=4, logging_steps=2)
     trainer.train()

@@ -1,13 +1,15 @@
-"""Host time of one forward and backward of an operation, its kernels left out: `python -m tests.ops.host` prints microseconds.
+"""Host time of one forward and backward of an operation, its kernels left out: `python -m tests.ops.host` prints it as JSON.
 
 Run in a process of its own with TRITON_INTERPRET unset. Tensors are on the CPU and the launch of a Triton kernel does nothing, so
 that what is left is Python, torch's dispatcher, autograd and the allocation of outputs. Each operation is called on its own
-outputs, LAYERS times, before one backward, as the layers of a model are. For scale, the same is measured for an autograd
-function that does nothing but save its input and return one tensor each way.
+outputs, LAYERS times, before one backward, as the layers of a model are. For scale, the same is measured right before it for an
+autograd function that does nothing but save its input and return one tensor each way: what slows down the machine slows down
+both, so that the median of the ratios is steady where microseconds are not.
 """
 
 import dataclasses
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -52,7 +54,6 @@ def operations() -> Mapping[str, tuple[Layer, Tensors]]:
     cos, sin = torch.zeros(2, 1, 8, 16)
     named = {"implementation": "triton"}
     return {
-        "nothing": (lambda x: (Nothing.apply(x),), rows[:1]),  # type: ignore[no-untyped-call]
         "rms_norm": (lambda x: (rms_norm(x, weight, 1e-6, **named),), rows[:1]),
         "add_rms_norm": (lambda x, r: add_rms_norm(x, r, weight, 1e-6, **named), rows),
         "gated_linear": (lambda gate, up: (gated_linear(gate, up, **named), up), rows),
@@ -72,24 +73,31 @@ def without_kernels() -> None:
     contract.this_machine = lambda: facts  # type: ignore[assignment]
 
 
-def microseconds(layer: Layer, inputs: Tensors) -> float:
-    """Of one forward and backward; the fastest of several runs, which nothing else on the machine slowed down."""
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        outputs = inputs
-        for _ in range(LAYERS):
-            outputs = layer(*outputs)
-        torch.autograd.backward(outputs[0], torch.empty_like(outputs[0]))
-        times.append((time.perf_counter() - start) / LAYERS)
-    return 1e6 * min(times)
+def seconds(layer: Layer, inputs: Tensors) -> float:
+    """Of one forward and backward."""
+    start = time.process_time()  # not what other processes take
+    outputs = inputs
+    for _ in range(LAYERS):
+        outputs = layer(*outputs)
+    torch.autograd.backward(outputs[0], torch.empty_like(outputs[0]))
+    return (time.process_time() - start) / LAYERS
+
+
+def measure(operation: tuple[Layer, Tensors]) -> dict[str, float]:
+    """The fastest run in microseconds, and the median multiple of the run of nothing before it."""
+    nothing = (lambda x: (Nothing.apply(x),), (torch.zeros(8, 64, requires_grad=True),))  # type: ignore[no-untyped-call]
+    pairs = [(seconds(*nothing), seconds(*operation)) for _ in range(REPEATS)]
+    return {
+        "microseconds": round(1e6 * min(ours for _, ours in pairs), 1),
+        "of_nothing": round(statistics.median(ours / scale for scale, ours in pairs), 2),
+    }
 
 
 def main() -> None:
-    """One JSON object: operation -> microseconds."""
+    """One JSON object: operation -> what `measure` gives."""
     torch.set_num_threads(1)
     without_kernels()
-    sys.stdout.write(json.dumps({name: round(microseconds(*one), 1) for name, one in operations().items()}) + "\n")
+    sys.stdout.write(json.dumps({name: measure(one) for name, one in operations().items()}) + "\n")
 
 
 if __name__ == "__main__":
