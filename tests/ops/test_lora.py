@@ -35,6 +35,7 @@ def operation(
     low: torch.dtype | None = None,
     noted: bool = False,
     linear_package: ModuleType = package,
+    widths: tuple[int, ...] = WIDTHS,
 ) -> checks.Operation:
     """Linears of one input, some with adapters in the dtype `low` (None: of the weights), all outputs in a row."""
     count = len(adapted)
@@ -45,9 +46,9 @@ def operation(
         def draw(*size: int, of: torch.dtype = dtype, scale: float = 1.0) -> torch.Tensor:
             return checks.normal(generator, size, torch.float32).mul_(scale).to(of)
 
-        weights = [draw(width, hidden, scale=hidden**-0.5) for width in WIDTHS[:count]]
-        vectors = [draw(width) if wanted else None for width, wanted in zip(WIDTHS[:count], biases)]
-        sizes = list(zip(WIDTHS, ranks, adapted, strict=False))
+        weights = [draw(width, hidden, scale=hidden**-0.5) for width in widths[:count]]
+        vectors = [draw(width) if wanted else None for width, wanted in zip(widths[:count], biases)]
+        sizes = list(zip(widths, ranks, adapted, strict=False))
         a = [draw(rank, hidden, of=low or dtype, scale=hidden**-0.5) if one else None for _, rank, one in sizes]
         b = [draw(width, rank, of=low or dtype) if one else None for width, rank, one in sizes]
         return draw(*shape), *weights, *vectors, *a, *b
