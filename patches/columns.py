@@ -56,6 +56,11 @@ def disallow(layer: Any) -> None:
     restore(layer.base_layer)
 
 
+def is_allowed(layer: Any) -> bool:
+    """Whether there may be columns."""
+    return RECORD in vars(layer.base_layer)
+
+
 def has_columns(layer: Any) -> bool:
     """Whether there are columns now."""
     record = vars(layer.base_layer).get(RECORD)

@@ -89,8 +89,8 @@ def project(x_NH: torch.Tensor, group: Group, columns: int, seed: int, beside: b
     """
     p_NC = x_NH.new_empty(x_NH.shape[0], columns)
     for chunk, slots, shared in _launches(group):
-        block_rows = _rows(shared["R"])
-        row_blocks = cdiv(x_NH.shape[0], block_rows)
+        tile = _tile(shared, x_NH.dtype)
+        row_blocks = cdiv(x_NH.shape[0], tile["ROWS"])
         wide = next((one.wide for one in slots if one is not None), None)
         longest = max(one.b_FR.shape[0] for one in slots if one is not None)
         copy_blocks = 0 if wide is None else cdiv(longest, COPIED_ROWS)
@@ -113,13 +113,11 @@ def project(x_NH: torch.Tensor, group: Group, columns: int, seed: int, beside: b
             seed,
             FIRST=chunk,
             BESIDE=beside,
-            ROWS=block_rows,
-            COLS=TILE,
             COPIED_ROWS=COPIED_ROWS,
             PRECISION=_precision(x_NH.dtype),
-            num_warps=WARPS,
             enable_fp_fusion=True,
             **shared,
+            **tile,
         )
     return p_NC
 
@@ -140,12 +138,10 @@ def grad_a(x_NH: torch.Tensor, dp_NC: torch.Tensor, group: Group, seed: int) -> 
             dp_NC.stride(0),
             seed,
             FIRST=chunk,
-            ROWS=_rows(shared["R"]),
-            COLS=NARROW,
             PRECISION=_precision(dp_NC.dtype),
-            num_warps=WARPS,
             enable_fp_fusion=True,
             **shared,
+            **_tall_tile(shared, dp_NC.dtype),
         )
     return grads
 
@@ -153,8 +149,8 @@ def grad_a(x_NH: torch.Tensor, dp_NC: torch.Tensor, group: Group, seed: int) -> 
 def add_grad_input(dx_NH: torch.Tensor, dp_NC: torch.Tensor, group: Group, seed: int) -> None:
     """Add the adapters' part to `dx_NH`, which may have a row stride, as `dp_NC` may."""
     for chunk, slots, shared in _launches(group):
-        block_rows = _rows(shared["R"])
-        add_grad_input_kernel[(cdiv(dx_NH.shape[0], block_rows), cdiv(dx_NH.shape[1], TILE))](
+        tile = _flat_tile(shared, dp_NC.dtype)
+        add_grad_input_kernel[(cdiv(dx_NH.shape[0], tile["ROWS"]), cdiv(dx_NH.shape[1], tile["COLS"]))](
             dx_NH,
             dp_NC,
             *_each(slots, lambda one: one.a_RH, dx_NH),
@@ -165,12 +161,10 @@ def add_grad_input(dx_NH: torch.Tensor, dp_NC: torch.Tensor, group: Group, seed:
             dp_NC.stride(0),
             seed,
             FIRST=chunk,
-            ROWS=block_rows,
-            COLS=TILE,
             PRECISION=_precision(dp_NC.dtype),
-            num_warps=WARPS,
             enable_fp_fusion=True,
             **shared,
+            **tile,
         )
 
 
@@ -226,9 +220,25 @@ def _factors(slots: Sequence[Placed | None]) -> list[float]:
     return _each(slots, lambda one: one.form.factor, 0.0) + _each(slots, lambda one: one.form.dropout, 0.0)
 
 
-def _rows(block_rank: int) -> int:
-    """Rows of a tile, so that what is summed for three adapters stays in registers."""
-    return min(max(2048 // block_rank, 16), 64)
+def _tile(shared: dict[str, Any], dtype: torch.dtype) -> dict[str, int]:
+    """Rows, columns, warps and stages, so that three sums stay in registers and the tiles of three A in shared memory."""
+    rank, wide = shared["R"], dtype is torch.float32
+    rows = 16 if wide else 32 if shared["DROPOUT"] or rank >= 64 else 64
+    cols = TILE if rank <= 32 else TILE // 2 if rank <= 128 else TILE // 4
+    warps = 2 * WARPS if wide or rank >= 128 else WARPS
+    return {"ROWS": rows, "COLS": cols, "num_warps": warps, "num_stages": 2 if rank >= 64 else 3}
+
+
+def _tall_tile(shared: dict[str, Any], dtype: torch.dtype) -> dict[str, int]:
+    """Likewise for sums over the rows."""
+    few = dtype is torch.float32 or shared["R"] > 64 or shared["DROPOUT"]
+    return _tile(shared, dtype) | {"ROWS": TILE // 2 if few else TILE, "COLS": NARROW}
+
+
+def _flat_tile(shared: dict[str, Any], dtype: torch.dtype) -> dict[str, int]:
+    """Likewise for one product of rank size for each element, with one A after the other."""
+    few = {"ROWS": 16, "num_warps": WARPS} if shared["R"] >= 128 and dtype is not torch.float32 else {}
+    return _tile(shared, dtype) | {"COLS": TILE} | few
 
 
 def _precision(dtype: torch.dtype) -> str | None:

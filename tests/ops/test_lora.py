@@ -157,9 +157,9 @@ def test_what_is_kept_does_not_depend_on_dropout() -> None:
     check_kept(package)
 
 
-def check_masks(linear_package: ModuleType) -> None:
+def check_masks(linear_package: ModuleType, rows: int = 400) -> None:
     """Each adapter drops elements of its own with its probability, the same in backward, and others in the next call."""
-    rows, hidden, probability = 400, 50, 0.2
+    hidden, probability = 50, 0.2
     ones, zeros = torch.ones(rows, hidden), torch.zeros(hidden, hidden)
     adapters = [
         Adapter(torch.eye(hidden).requires_grad_(), torch.eye(hidden), Form(1.0, probability)) for _ in range(2)

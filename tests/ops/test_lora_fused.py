@@ -1,6 +1,8 @@
 """Adapters in Triton, with and without columns beside weights and input: values, gradients, masks, passes over the output, mistakes."""
 
 import functools
+import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,15 +18,18 @@ pytest.importorskip("triton")
 
 from automodel_accel.kernels import linear as package
 from automodel_accel.kernels import room
+from automodel_accel.kernels.linear import fused as products
 from automodel_accel.kernels.linear import reference
 from automodel_accel.kernels.lora import Adapter, Form, fused
 from automodel_accel.kernels.lora.extension import can_extend, contract, extend, padded
 from automodel_accel.kernels.recompute import remember, source_of
 from tests.budgets.watch import Launch, Watch
 from tests.ops import checks
+from tests.ops.mutants_lora_fused import MASKS, VALUES
+from tests.ops.mutation import Mutant, check_caught
 from tests.ops.test_lora import check_masks
 
-WIDTHS, RANKS, SCALE = (5, 8, 3, 4), (3, 2, 17, 4), 0.7
+WIDTHS, RANKS, SCALE = (70, 8, 3, 4), (3, 2, 17, 4), 0.7  # more rows of a B than one program copies
 # how torch's GEMM sums depends on the layout; where it rounds, on the order of the sum
 PROPERTIES = tuple(check for check in checks.PROPERTIES if check not in (checks.check_layouts, checks.check_rounding))
 
@@ -107,29 +112,36 @@ def with_room(x: torch.Tensor, columns: int) -> torch.Tensor:
     return y
 
 
-LAYOUTS = ["wide", "wide, noted", "plain"]
+NONE, SOME = (0.0, 0.0, 0.0), (0.5, 0.0, 0.25)
+CALLS: dict[str, Any] = {
+    "one": ((True,), NONE, {}),
+    "three": ((True, True, True), NONE, {"wide": False}),
+    "one without": ((True, False, True), NONE, {"noted": True}),
+    "one without, dropout": ((False, True, True), SOME, {}),
+    "three, dropout": ((True, True, True), SOME, {"noted": True}),
+    "three, dropout, without columns": ((True, True, True), SOME, {"wide": False, "noted": True}),
+}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
-@pytest.mark.parametrize("dropout", [(0.0, 0.0, 0.0), (0.5, 0.0, 0.25)], ids=str)
-@pytest.mark.parametrize("adapted", [(True,), (False, True, True), (True, True, True)], ids=str)
-def test_values(adapted: tuple[bool, ...], dropout: tuple[float, ...], dtype: torch.dtype, layout: str) -> None:
-    operation = made(adapted, dropout, wide="wide" in layout, noted="noted" in layout)
-    checks.check_shape(operation, dtype, (2, 33, 70), draws=4)
+@pytest.mark.parametrize("name", CALLS)
+def test_values(name: str, dtype: torch.dtype) -> None:
+    adapted, dropout, layout = CALLS[name]
+    checks.check_shape(made(adapted, dropout, **layout), dtype, (2, 20, 70), draws=4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wide", [True, False], ids=["wide", "plain"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (65, 5), (0, 8), (9,)], ids=str)
-def test_odd_shapes(shape: tuple[int, ...], layout: str) -> None:
-    operation = made((True, False, True, True), (1.0, 0.5, 0.0, 0.5), (True, False, True, False), wide="wide" in layout)
+def test_odd_shapes(shape: tuple[int, ...], wide: bool) -> None:
+    operation = made((True, False, True, True), (1.0, 0.5, 0.0, 0.5), (True, False, True, False), wide=wide)
     checks.check_shape(operation, torch.float32, shape)
 
 
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
 def test_properties(check: checks.Check) -> None:
     # of small ranks a gradient has so few elements that chance would decide
-    if check is not checks.check_not_finite:  # of adapters side by side: see below
+    # of adapters side by side, what is not finite: see below; a set of frozen inputs after the other is slow to interpret
+    if check not in (checks.check_not_finite, checks.check_frozen_inputs):
         check(made((True, True), biases=(True, False), ranks=(16, 16)), torch.float32)
     check(made((True, False), (0.5, 0.0), (False, False), (16, 16), wide=False, noted=True), torch.bfloat16)
 
@@ -155,7 +167,7 @@ def test_what_is_not_finite_in_one_adapter_is_so_in_all_outputs_of_the_input(bad
     adapted=st.lists(st.booleans(), min_size=1, max_size=4).filter(any).map(tuple),
     biases=st.lists(st.booleans(), min_size=4, max_size=4).map(tuple),
     dropout=st.lists(st.sampled_from([0.0, 0.05, 0.9]), min_size=4, max_size=4).map(tuple),
-    rows=st.integers(10, 80),
+    rows=st.integers(10, 40),
     hidden=st.sampled_from([16, 33, 100]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     wide=st.booleans(),
@@ -171,7 +183,7 @@ IN_TRITON: Any = SimpleNamespace(linears=functools.partial(package.linears, impl
 
 def test_masks() -> None:
     torch.manual_seed(0)
-    check_masks(IN_TRITON)
+    check_masks(IN_TRITON, rows=150)
 
 
 def test_masks_of_all_adapters_and_calls_are_independent() -> None:
@@ -242,8 +254,9 @@ def test_no_pass_over_the_output_but_the_products_own(dropout: float) -> None:
     assert [launch.name for launch in forward] == ["project_kernel", "mm", "mm", "mm"]
     rows, hidden, out, columns = 40, 64, 96, 24
     project, *products = forward
-    read_a_and_b, copied = 4 * 3 * 8 * (64 + 96), 4 * 3 * 8 * 96
-    assert project.read == 4 * rows * hidden + read_a_and_b
+    blocks = -(-rows // 16)  # each reads the A, which stay in the cache
+    size_a, copied = 4 * 3 * 8 * hidden, 4 * 3 * 8 * out
+    assert project.read == 4 * rows * hidden + blocks * size_a + copied
     assert project.written == 2 * 4 * rows * columns + copied
     for product in products:
         assert product.written == 4 * rows * out
@@ -318,3 +331,38 @@ def test_another_adapter_between_forward_and_backward() -> None:
     assert torch.equal(*grads)
     expected = torch.ones(4, 5) @ (weight + first.b_FR @ first.a_RH)
     torch.testing.assert_close(grads[0], expected)
+
+
+def in_force(check: Any, mutant: Mutant, tmp_path: Path) -> None:
+    """The check with a mutant of the kernels in it, of their host code, or of the products."""
+
+    def mutated(_: ModuleType) -> None:
+        kernels = sys.modules["automodel_accel.kernels.lora.products_fused"]
+        host = sys.modules["automodel_accel.kernels.lora.fused"]
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("project_kernel", "grad_a_kernel", "add_grad_input_kernel", "mask_kernel"):
+                patch.setattr(fused, name, getattr(kernels, name))
+            patch.setattr(products, "fused", host)
+            check()
+
+    check_caught(mutant, mutated, tmp_path)
+
+
+@pytest.mark.parametrize("mutant", VALUES, ids=lambda mutant: mutant.why)
+def test_mutants_of_values_are_caught(mutant: Mutant, tmp_path: Path) -> None:
+    def check() -> None:
+        operation = made((True, True, True, True), (0.0, 0.0, 0.0, 0.5), biases=(False, True, False, False))
+        checks.check_shape(operation, torch.float32, (3, 70), draws=1)
+
+    in_force(check, mutant, tmp_path)
+
+
+@pytest.mark.parametrize("mutant", MASKS, ids=lambda mutant: mutant.why)
+def test_mutants_of_masks_are_caught(mutant: Mutant, tmp_path: Path) -> None:
+    def check() -> None:
+        torch.manual_seed(0)
+        check_masks(IN_TRITON, rows=150)
+        drawn = [fused.mask(torch.ones(40, 90), number, 0.5, 5 | 1 << 62) for number in range(4)]
+        assert not any(torch.equal(one, other) for i, one in enumerate(drawn) for other in drawn[:i])
+
+    in_force(check, mutant, tmp_path)
