@@ -50,13 +50,11 @@ class Overhead:
         """Hit or missed, of ours where the target is for; "-" elsewhere."""
         row = self.row
         measured_for = (row["arch"], row["dtype"], row["sizes"]["tokens"]) == (TARGET_ARCH, TARGET_DTYPE, TARGET_TOKENS)
-        if row["model"] not in TARGETS or not measured_for or row["cut"] or row["case"] != "lora_layer":
+        ours = row["variant"].split(":")[0] == OURS
+        if not (ours and measured_for and row["case"] == "lora_layer" and row["model"] in TARGETS) or row["cut"]:
             return "-"
         target = TARGETS[row["model"]]
-        said = f"{target:.0%}"
-        if row["variant"].split(":")[0] == OURS:
-            said += ": hit" if self.of_products <= target else ": missed"
-        return said
+        return f"{target:.0%}: {'hit' if self.of_products <= target else 'missed'}"
 
     @property
     def cells(self) -> tuple[str, ...]:
