@@ -136,9 +136,11 @@ def _check_ranks(model: nn.Module) -> None:
         if not isinstance(layer, LoraLayer) or isinstance(layer.get_base_layer(), nn.modules.conv._ConvNd):
             continue
         high, wide = layer.out_features, layer.in_features
-        rank = max(layer.r.values())
-        if rank > min(high, wide):
+        if high is None or wide is None:
+            continue  # PEFT does not know this kind of layer
+        rank, most = max(layer.r.values()), min(high, wide)
+        if rank > most:
             raise ValueError(
-                f"lora: rank {rank} is larger than {name} ({high} x {wide}); expected at most {min(high, wide)}. Lower r, give that "
-                "module a rank of its own in rank_pattern, or leave it out of target_modules."
+                f"lora: rank {rank} is larger than {name} ({high} x {wide}); expected at most {most}. Lower r, give that module "
+                "a rank of its own in rank_pattern, or leave it out of target_modules."
             )

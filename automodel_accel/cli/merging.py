@@ -63,8 +63,8 @@ def _with_adapter(model: Any, base: str, adapter: Path, config: PeftConfig) -> A
     except (RuntimeError, ValueError) as error:  # sizes that differ, targets that are not there
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{what}: {reason}") from error
-    if reason := _difference(adapted, adapter, own):
-        raise ValueError(f"{what}: {reason}")
+    if difference := _difference(adapted, adapter, own):
+        raise ValueError(f"{what}: {difference}")
     return adapted
 
 

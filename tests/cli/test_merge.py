@@ -111,7 +111,10 @@ def test_wrong_input(adapter: Path, base: Path, tmp_path: Path) -> None:
         ((base, "--to", tmp_path / "a"), "holds no adapter_config.json"),
         ((adapter, "--to", tmp_path / "full"), "is there already and not empty"),
         ((adapter, "--to", tmp_path / "b", "--base", tmp_path / "wide"), "is no adapter of"),
-        ((adapter, "--to", tmp_path / "c", "--base", tmp_path / "gpt"), "a GPTNeoXForCausalLM: it was trained on a Llama"),
+        (
+            (adapter, "--to", tmp_path / "c", "--base", tmp_path / "gpt"),
+            "a GPTNeoXForCausalLM: it was trained on a Llama",
+        ),
     ):
         result = run(*arguments)
         assert result.exit_code == 2, result.output
