@@ -4,7 +4,7 @@ import copy
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -48,9 +48,8 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     children = [(module, dict(module._modules)) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     names = set(vars(model))
-    try:
-        yield
-    except BaseException:
+
+    def restore() -> None:
         for module, its_children in children:
             module._modules.clear()
             module._modules.update(its_children)
@@ -58,7 +57,11 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(before)
         for name in set(vars(model)) - names:
             delattr(model, name)
-        raise
+
+    with ExitStack() as undo:
+        undo.callback(restore)
+        yield
+        undo.pop_all()
 
 
 def _config(config: "peft.LoraConfig | dict[str, Any]") -> peft.LoraConfig:

@@ -6,7 +6,7 @@ from typing import Any
 import peft
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import AutoModel, LlamaConfig
 from transformers.initialization import no_init_weights
 
 from bench.case import Inputs
@@ -16,10 +16,11 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 FEW_WORDS = 8
 
 
-def config(inputs: Inputs) -> LlamaConfig:
+def config(inputs: Inputs) -> Any:
     """Of a model of one layer with the sizes of the tensors."""
+    made: Any = LlamaConfig
     width, shapes = inputs["head_dim"], {name: inputs[f"{name}_weight"].shape for name in LINEARS}
-    return LlamaConfig(
+    return made(
         hidden_size=shapes["q_proj"][1],
         intermediate_size=shapes["gate_proj"][0],
         num_hidden_layers=1,
@@ -46,7 +47,8 @@ def build(inputs: Inputs, patch: Callable[[nn.Module], object] = lambda model: N
     """
     x: torch.Tensor = inputs["x"]
     with torch.device(x.device), no_init_weights():
-        model: Any = LlamaModel._from_config(config(inputs), dtype=x.dtype)
+        auto: Any = AutoModel
+        model = auto.from_config(config(inputs), dtype=x.dtype)
     patch(model)
     if "q_proj_a" in inputs:
         add_adapters(model, inputs, LINEARS)
@@ -65,14 +67,15 @@ def place(model: nn.Module, inputs: Inputs) -> None:
     """Make the case's tensors the model's weights; those of other modules do not train."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for path, module in list(model.named_modules()):
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    for path, module in modules:
         name = path.rpartition(".")[2]
         if f"{name}_weight" in inputs:
             getattr(module, "base_layer", module).weight = inputs[f"{name}_weight"]
         if f"{name}_a" in inputs:
-            (adapter,) = module.lora_A  # type: ignore[union-attr]
-            module.lora_A[adapter].weight = inputs[f"{name}_a"]  # type: ignore[index,union-attr]
-            module.lora_B[adapter].weight = inputs[f"{name}_b"]  # type: ignore[index,union-attr]
+            (adapter,) = module.lora_A
+            module.lora_A[adapter].weight = inputs[f"{name}_a"]
+            module.lora_B[adapter].weight = inputs[f"{name}_b"]
 
 
 class Built:

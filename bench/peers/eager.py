@@ -70,14 +70,15 @@ def _adapted(name: str, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     base = F.linear(x, inputs[f"{name}_weight"])
     if f"{name}_a" not in inputs:
         return base
-    return base + F.linear(F.linear(x, inputs[f"{name}_a"]), inputs[f"{name}_b"]) * inputs["scale"]
+    low_rank = F.linear(F.linear(x, inputs[f"{name}_a"]), inputs[f"{name}_b"])
+    return base + low_rank * float(inputs["scale"])
 
 
 def _lora_layer(inputs: Inputs) -> torch.Tensor:
     x: torch.Tensor = inputs["x"]
     normed = _named_norm("input_layernorm", x, inputs)
     q, k, v = (_adapted(name, normed, inputs) for name in ("q_proj", "k_proj", "v_proj"))
-    q, k, v = (each.unflatten(-1, (-1, inputs["head_dim"])) for each in (q, k, v))
+    q, k, v = (each.view(*x.shape[:2], -1, inputs["head_dim"]) for each in (q, k, v))
     q, k = _rope({**inputs, "q": q, "k": k})
     attended = F.scaled_dot_product_attention(
         q, k, v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[1] != k.shape[1]

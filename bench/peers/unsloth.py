@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import unsloth  # it must be imported before its parts, and before transformers
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from unsloth.kernels import geglu, swiglu
 from unsloth.kernels.cross_entropy_loss import fast_cross_entropy_loss
 from unsloth.kernels.fast_lora import LoRA_W
@@ -60,7 +60,8 @@ def _layer_model(inputs: Inputs) -> torch.nn.Module:
     """The model as Unsloth loads and patches it, from a folder: it takes no config. Without adapters: as it loads it."""
     x: torch.Tensor = inputs["x"]
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM._from_config(config(inputs), dtype=x.dtype).save_pretrained(folder)
+        auto: Any = AutoModelForCausalLM
+        auto.from_config(config(inputs), dtype=x.dtype).save_pretrained(folder)
         options = {"max_seq_length": x.shape[1], "dtype": x.dtype, "load_in_4bit": False}
         model, _ = unsloth.FastLanguageModel.from_pretrained(folder, **options)
     if "q_proj_a" in inputs:
