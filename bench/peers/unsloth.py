@@ -20,6 +20,7 @@ from unsloth.kernels.layernorm import fast_layernorm
 from unsloth.kernels.rms_layernorm import fast_rms_layernorm
 from unsloth.kernels.rope_embedding import fast_rope_embedding
 
+from bench import tokenizer
 from bench.case import Forward, Inputs
 from bench.layer import LINEARS, Built, config, last_hidden_state, place
 
@@ -62,6 +63,7 @@ def _layer_model(inputs: Inputs) -> torch.nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         auto: Any = AutoModelForCausalLM
         auto.from_config(config(inputs), dtype=x.dtype).save_pretrained(folder)
+        tokenizer.save(folder)
         options = {"max_seq_length": x.shape[1], "dtype": x.dtype, "load_in_4bit": False}
         model, _ = unsloth.FastLanguageModel.from_pretrained(folder, **options)
     if "q_proj_a" in inputs:
