@@ -11,10 +11,16 @@ import torch
 from torch import nn
 
 import automodel_accel as accel
+from automodel_accel.kernels.facts import this_machine
+from automodel_accel.kernels.linear import KERNEL
 from tests.budgets.layers import LINEARS
 from tests.swap.compare import assert_close, assert_equal, step
 from tests.tiny import batch, tiny
 
+# Triton's interpreter takes seconds
+IMPLEMENTATIONS = [
+    pytest.param(one.name, marks=[pytest.mark.slow] if one.name == "triton" else []) for one in KERNEL.implementations
+]
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
 
 
@@ -169,11 +175,14 @@ def in_place(weight: nn.Parameter) -> None:
         weight.mul_(1.5)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("change", [replaced, in_place], ids=lambda change: str(change.__name__))
-def test_base_weights_that_train(change: Callable[[nn.Parameter], None]) -> None:
+def test_base_weights_that_train(change: Callable[[nn.Parameter], None], implementation: str) -> None:
     """Frozen, then training, then changed, then frozen again: each call computes with what the weight is."""
+    if implementation == "triton" and not this_machine().triton_interpreter:
+        pytest.skip("the model is on a CPU")
     theirs = adapted(tiny())
-    ours = accel.apply(copy.deepcopy(theirs))
+    ours = accel.apply(copy.deepcopy(theirs), linear=implementation)
     for wanted in (False, True, False):
         for model in (ours, theirs):
             for name, parameter in model.named_parameters():
