@@ -163,13 +163,11 @@ def _apply_with_lora(
         raise ValueError(
             f"this {type(model).__name__} is already applied; call revert(model) before adding adapters by lora=."
         )
-    from automodel_accel.adapters import with_lora  # PEFT takes a second to import
+    from automodel_accel.adapters import left_as_it_was, with_lora  # PEFT takes a second to import
 
-    adapted: Any = with_lora(model, lora)
-    with ExitStack() as undo:
-        undo.callback(adapted.unload)
+    with left_as_it_was(model):
+        adapted: Any = with_lora(model, lora)
         apply(adapted, settings, facts=facts)
-        undo.pop_all()
     return adapted  # type: ignore[no-any-return]
 
 

@@ -14,26 +14,30 @@ from rich.console import Console
 
 from automodel_accel.kernels.facts import this_machine
 from automodel_accel.kernels.preference import write_preferences
+from bench import overhead as overheads
 from bench import screen, tables
 from bench.against import revision
 from bench.case import Case, Operation
-from bench.cases import cases, custom, pick
+from bench.cases import cases, custom, pick, with_beside
 from bench.operations import OPERATIONS
 from bench.peers import PEERS
-from bench.rows import append, read
+from bench.rows import Row, append, read
 from bench.suite import Outcome, Settings, Suite, check_tests
+from bench.variants import LAYERS
 
 EXAMPLE = """examples:
   python -m bench kernels --op rms_norm,rope --peers liger,compile
   python -m bench kernels --quick
   python -m bench linear_cross_entropy --tokens 8192 --dtype bfloat16 --ignored 0.5
   python -m bench kernels --op rms_norm --against HEAD~5
+  python -m bench lora --tokens 512 --rank 32
   python -m bench plot --to out/bench
   python -m bench tables --check
 
 An operation's tests run first, and no speed of it is printed unless they are green. Every variant runs in a process of its own,
 in alternating order. Rows are appended to bench/results/."""
 OTHERS = {"e2e": "bench.e2e.__main__", "traffic": "bench.traffic"}  # they have command lines of their own
+TOGETHER = {"lora": ("lora", "lora_layer")}  # commands that measure more than the operation of their name
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -76,6 +80,8 @@ def _measure(options: argparse.Namespace, console: Console) -> int:
             )
         _warn_of_load(console)
         outcomes, red = _run(chosen, settings, options.minutes, console)
+        for overhead in overheads.tables([row for outcome in outcomes for row in outcome.rows]):
+            console.print(overhead)
         if others:
             console.print(screen.against(outcomes, others[0].name))
     if options.plot:
@@ -95,7 +101,7 @@ def _cases(operation: Operation, options: argparse.Namespace, device: str, dtype
     if options.command == "kernels":
         return cases(operation, device, dtype, options.models, options.tokens, options.quick)
     sizes = {name: getattr(options, name) for name in operation.custom}
-    return [custom(operation, sizes, dtype)]
+    return with_beside(operation, custom(operation, sizes, dtype))
 
 
 def _run(
@@ -155,13 +161,19 @@ def _plot(folder: Path, console: Console) -> int:
 
 
 def _preferences(console: Console) -> int:
-    rows = [row for row in read() if row["device"] != "cpu" and not row["cut"] and "@" not in row["variant"]]
+    rows = [row for row in read() if _prefers(row)]
     if not rows:
         raise ValueError(
             "there are no rows of a GPU in bench/results/, so there is nothing to prefer; run kernels on one."
         )
     console.print(f"{len(write_preferences(rows))} preferences written")
     return 0
+
+
+def _prefers(row: Row) -> bool:
+    """Whether a row says which implementation of a kernel is fast."""
+    whole = row["device"] != "cpu" and not row["cut"] and "@" not in row["variant"]
+    return whole and row["operation"] not in LAYERS and row["sizes"].get("rank") != 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -182,11 +194,13 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("e2e", help="training, end to end", add_help=False)
     for operation in OPERATIONS.values():
         one = commands.add_parser(operation.name, help=f"{operation.about}, at sizes of your own")
-        for name, default in operation.custom.items():
+        together = TOGETHER.get(operation.name, (operation.name,))
+        sizes = {name: size for each in together for name, size in OPERATIONS[each].custom.items()}
+        for name, default in sizes.items():
             one.add_argument(
                 f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}"
             )
-        one.set_defaults(op=[operation.name])
+        one.set_defaults(op=list(together))
         _add_measuring(one)
     page = commands.add_parser("tables", help="write the tables of a page from the rows")
     page.add_argument("page", nargs="?", default="README.md", help="default README.md")

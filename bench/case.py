@@ -43,8 +43,12 @@ class Case:
     @property
     def label(self) -> str:
         """Model and tokens, and what sets this case apart from others of them."""
-        ignored = self.sizes.get("ignored", 0)
-        return f"{self.model}, {self.sizes['tokens']} tokens" + (f", {ignored:.0%} ignored" if ignored else "")
+        found, sizes = f"{self.model}, {self.sizes['tokens']} tokens", self.sizes
+        if sizes.get("ignored"):
+            found += f", {sizes['ignored']:.0%} ignored"
+        if "rank" in sizes:
+            found += f", adapters of rank {sizes['rank']}" if sizes["rank"] else ", no adapters"
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +68,8 @@ class Operation:
         bytes_floor: (sizes, bytes of an element) -> the least bytes that must move between memory and processor.
         ignored: Shares of tokens without a label that the list has.
         cpu_cut: Sizes that are divided on a CPU, by how much.
+        beside: Sizes in which a second case differs, which is measured beside each one.
+        builds: Whether a peer's first call builds modules, so that it is not measured.
     """
 
     name: str
@@ -78,6 +84,8 @@ class Operation:
     bytes_floor: Callable[[Sizes, int], float]
     ignored: tuple[float, ...] = (0.0,)
     cpu_cut: Mapping[str, int] = field(default_factory=dict)
+    beside: Sizes = field(default_factory=dict)
+    builds: bool = False
 
 
 def make_inputs(operation: Operation, sizes: Sizes, options: Options, dtype: torch.dtype, device: str) -> Inputs:

@@ -1,6 +1,7 @@
 """Which cases a run has: the whole list on a GPU, what takes seconds on a CPU, and almost nothing with --quick."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from automodel_accel.kernels.contract import unknown_name
 from bench.case import Case, Operation, Sizes
@@ -59,7 +60,7 @@ def cases(
         if models and name not in models:
             continue
         for length, ignored in _variations(operation, name, device, quick, bool(models), tokens):
-            found.append(_case(operation, name, device, dtype, length, ignored, quick))
+            found += with_beside(operation, _case(operation, name, device, dtype, length, ignored, quick))
     return sorted(found, key=lambda case: case.model not in ALL_LENGTHS or case.sizes["tokens"] != TYPICAL)
 
 
@@ -68,16 +69,22 @@ def custom(operation: Operation, sizes: Sizes, dtype: str) -> Case:
     return Case(operation.name, "custom", dict(sizes), operation.options(MODELS[operation.models[0]]), dtype)
 
 
+def with_beside(operation: Operation, case: Case) -> list[Case]:
+    """The case, and the one that is measured beside it."""
+    return [case, replace(case, sizes={**case.sizes, **operation.beside})] if operation.beside else [case]
+
+
 def _variations(
     operation: Operation, model: str, device: str, quick: bool, named: bool, tokens: Sequence[int]
 ) -> Iterator[tuple[int, float]]:
     """(tokens, share of ignored labels) of a model's cases."""
     if quick or device == "cpu":
-        if not named and model not in (QUICK if quick else ON_CPU):
+        few = [name for name in (QUICK if quick else ON_CPU) if name in operation.models] or operation.models[:1]
+        if not named and model not in few:
             return
         for length in tokens or (QUICK_TOKENS if quick else CPU_TOKENS,):
-            few = quick or model != ON_CPU[0]
-            yield from ((length, ignored) for ignored in (operation.ignored[:1] if few else operation.ignored))
+            one = quick or model != ON_CPU[0]
+            yield from ((length, ignored) for ignored in (operation.ignored[:1] if one else operation.ignored))
         return
     lengths = tokens or (TOKENS if named or model in ALL_LENGTHS else (TYPICAL,))
     for length in lengths:

@@ -10,6 +10,7 @@ usage: bench/h100.sh [PART ...] [--wheels DIR] [--out DIR] [--minutes N] [--pyth
 parts, in this order (default: all of them)
   tests     the tests marked gpu
   kernels   python -m bench kernels, against every peer that is installed
+  lora      the same of adapted linears and of an adapted layer of Llama, with and without adapters, and what these cost
   e2e       python -m bench e2e, the most telling runs first, as many as there is time for
   table     one table of all rows, OUT/summary.md, and a picture of the trainings, OUT/e2e.png
 all shares the time among them, and takes fewer sizes of the kernels; a part given alone has all of it. A part that is done
@@ -48,13 +49,13 @@ while (($#)); do
         --tiny) tiny=yes ;;
         --dry-run) dry=yes ;;
         -h | --help) usage && exit 0 ;;
-        all) parts+=(tests kernels e2e table) ;;
-        tests | kernels | e2e | table) parts+=("$1") ;;
+        all) parts+=(tests kernels lora e2e table) ;;
+        tests | kernels | lora | e2e | table) parts+=("$1") ;;
         *) refuse "unknown argument $1" ;;
     esac
     shift
 done
-((${#parts[@]})) || parts=(tests kernels e2e table)
+((${#parts[@]})) || parts=(tests kernels lora e2e table)
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || refuse "--minutes $minutes is no whole number above 0"
 [[ -z $wheels || -d $wheels ]] || refuse "--wheels $wheels: no such folder"
 
@@ -111,7 +112,7 @@ install_peers() {
 tests() {
     local what=()
     [[ $tiny ]] && what=(tests/ops/test_cross_entropy.py)
-    run "$(seconds_for 20)" "$python" -m pytest -m gpu -p no:cacheprovider --durations=5 ${what[@]+"${what[@]}"}
+    run "$(seconds_for 18)" "$python" -m pytest -m gpu -p no:cacheprovider --durations=5 ${what[@]+"${what[@]}"}
     local code=$?
     ((code == 5)) && code=0 # no test has the marker
     return $code
@@ -122,17 +123,30 @@ into='import pathlib, sys; from bench import __main__, rows; rows.RESULTS = path
 into+='sys.exit(__main__.main(sys.argv[2:]))'
 first=linear_cross_entropy,rms_norm,gated_linear,rope,add_rms_norm,attention,cross_entropy,layer_norm,activation
 
-kernels() {
-    local what=() code
-    # where the time is shared: the operations that matter most first, at one number of tokens
-    ((${#parts[@]} > 2)) && what=(--op "$first" --tokens 8192 --seconds 1)
-    [[ $tiny ]] && what=(--quick --op rms_norm --peers torch --repetitions 1 --seconds 0.1)
-    run "$(seconds_for 34)" "$python" -c "$into" "$out/kernels" kernels ${what[@]+"${what[@]}"}
+# measured SHARE ARGUMENTS...: one run of the suite, whose rows are added to OUT/kernels.jsonl
+measured() {
+    local share=$1 code
+    shift
+    run "$(seconds_for "$share")" "$python" -c "$into" "$out/kernels" kernels "$@"
     code=$?
     if [[ -d $out/kernels ]]; then
         cat "$out"/kernels/*.jsonl >>"$out/kernels.jsonl" && rm -r "$out/kernels"
     fi
     return $code
+}
+
+kernels() {
+    local what=()
+    # where the time is shared: the operations that matter most first, at one number of tokens
+    ((${#parts[@]} > 2)) && what=(--op "$first" --tokens 8192 --seconds 1)
+    [[ $tiny ]] && what=(--quick --op rms_norm --peers torch --repetitions 1 --seconds 0.1)
+    measured 24 ${what[@]+"${what[@]}"}
+}
+
+lora() {
+    local what=(--op "lora_layer,lora" --models "Llama-3-8B,Llama-3.2-1B" --tokens 8192)
+    [[ $tiny ]] && what=(--quick --op lora --peers peft --repetitions 1 --seconds 0.1)
+    measured 14 "${what[@]}"
 }
 
 # e2e_run ARGUMENTS...: one benchmark in what is left of the part's time
@@ -145,7 +159,7 @@ e2e_run() {
 }
 
 e2e() {
-    local e2e_end=$((SECONDS + $(seconds_for 38))) e2e_failed=0
+    local e2e_end=$((SECONDS + $(seconds_for 36))) e2e_failed=0
     local small="--models Llama-3.2-1B --repetitions 1" large="--models Llama-3-8B --rows 2 --repetitions 1"
     local ours="ours ours:recompute=selective"
     # the flags are words without spaces

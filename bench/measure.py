@@ -42,7 +42,7 @@ def measure(forward: Forward, inputs: Inputs, seconds: float, memory: bool, comp
         inputs: Of a case.
         seconds: Time to spend, about; at least once on a CPU, and a few times on a GPU.
         memory: Whether to count memory too, in a call of its own.
-        compiles: Whether the first call at these sizes compiles, so that it must not be measured.
+        compiles: Whether the first call at these sizes compiles or builds, so that it must not be measured.
     """
     if inputs["grads"][0].is_cuda:
         return _on_gpu(forward, inputs, seconds)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench.case import Inputs, Operation, Sizes
 from bench.models import GATED, PLAIN, Model
@@ -43,18 +44,57 @@ def _gated_inputs(sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
     return {"gate": gate.requires_grad_(), "up": up.requires_grad_(), "grads": (grad,)}
 
 
+def adapted_shapes(sizes: Sizes) -> dict[str, tuple[int, int]]:
+    """(in, out) of the linears that have adapters: gate and up, or where there are heads all seven of a layer of Llama."""
+    hidden, wide = int(sizes["hidden"]), int(sizes["intermediate"])
+    gate_up = {"gate_proj": (hidden, wide), "up_proj": (hidden, wide)}
+    if "heads" not in sizes:
+        return gate_up
+    q, k = (int(sizes[name] * sizes["head_dim"]) for name in ("heads", "key_heads"))
+    attention = {"q_proj": (hidden, q), "k_proj": (hidden, k), "v_proj": (hidden, k), "o_proj": (q, hidden)}
+    return {**attention, **gate_up, "down_proj": (wide, hidden)}
+
+
+def frozen_flops(sizes: Sizes) -> float:
+    """FLOPs of those linears without adapters: their outputs and the gradient of their inputs."""
+    return 4.0 * sizes["tokens"] * sum(wide * high for wide, high in adapted_shapes(sizes).values())
+
+
+def _adapter_flops(sizes: Sizes) -> float:
+    """The low-rank products and their gradients, those of both weights too."""
+    return 6.0 * sizes["tokens"] * sizes["rank"] * sum(wide + high for wide, high in adapted_shapes(sizes).values())
+
+
+def _adapted(sizes: Sizes, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Weight, A and B of each linear; no A and B for rank 0."""
+    found: dict[str, Any] = {}
+    rank = int(sizes["rank"])
+    for seed, (name, (wide, high)) in enumerate(adapted_shapes(sizes).items()):
+        weight = _normal((high, wide), dtype, device, 10 + seed).mul_(wide**-0.5)
+        found[f"{name}_weight"] = nn.Parameter(weight, requires_grad=False)
+        if rank:
+            found[f"{name}_a"] = nn.Parameter(_normal((rank, wide), dtype, device, 20 + seed).mul_(wide**-0.5))
+            found[f"{name}_b"] = nn.Parameter(_normal((high, rank), dtype, device, 30 + seed).mul_(rank**-0.5))
+    return found
+
+
 def _lora_inputs(sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
     """Gate and up of an MLP, frozen, and an adapter of each."""
-    hidden, wide, rank = (int(sizes[name]) for name in ("hidden", "intermediate", "rank"))
-    inputs: dict[str, Any] = {"x": _normal(_rows(sizes, "hidden"), dtype, device).requires_grad_()}
-    for seed, name in enumerate(("gate", "up")):
-        inputs[f"{name}_weight"] = _normal((wide, hidden), dtype, device, 10 + seed).mul_(hidden**-0.5)
-        inputs[f"{name}_a"] = _normal((rank, hidden), dtype, device, 20 + seed).mul_(hidden**-0.5).requires_grad_()
-        inputs[f"{name}_b"] = _normal((wide, rank), dtype, device, 30 + seed).requires_grad_()
-    return {
-        **inputs,
-        "grads": tuple(_normal(_rows(sizes, "intermediate"), dtype, device, 40 + seed) for seed in (0, 1)),
-    }
+    grads = tuple(_normal(_rows(sizes, "intermediate"), dtype, device, 40 + seed) for seed in (0, 1))
+    x = _normal(_rows(sizes, "hidden"), dtype, device).requires_grad_()
+    return {"x": x, **_adapted(sizes, dtype, device), "grads": grads}
+
+
+def _lora_layer_inputs(sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
+    """What comes into a layer, its weights and adapters, and the weight of the norm after it."""
+    x, grad = (_normal(_rows(sizes, "hidden"), dtype, device, seed)[None] for seed in (0, 1))
+    norms = {}
+    for seed, name in enumerate(("input_layernorm", "post_attention_layernorm", "norm")):
+        weight = _normal((int(sizes["hidden"]),), dtype, device, 50 + seed).mul_(0.1).add_(1)
+        norms[f"{name}_weight"] = nn.Parameter(weight, requires_grad=False)
+    tables = _rope_tables(sizes, dtype, device)
+    whole = {"head_dim": int(sizes["head_dim"])}
+    return {"x": x.requires_grad_(), **_adapted(sizes, dtype, device), **norms, **tables, **whole, "grads": (grad,)}
 
 
 def _activation_inputs(sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
@@ -70,13 +110,17 @@ def _heads(sizes: Sizes, count: str, dtype: torch.dtype, device: str, seed: int)
 def _rope_inputs(sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
     q, grad_q = (_heads(sizes, "heads", dtype, device, seed) for seed in (0, 1))
     k, grad_k = (_heads(sizes, "key_heads", dtype, device, seed) for seed in (2, 3))
+    grads = grad_q.transpose(1, 2), grad_k.transpose(1, 2)
+    return {"q": q.requires_grad_(), "k": k.requires_grad_(), **_rope_tables(sizes, dtype, device), "grads": grads}
+
+
+def _rope_tables(sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
+    """[1, tokens, head_dim] each."""
     width = int(sizes["head_dim"])
     frequencies = 10000.0 ** -(torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
     angles = torch.arange(int(sizes["tokens"]), device=device)[:, None] * frequencies
     angles = torch.cat((angles, angles), -1)[None]
-    grads = grad_q.transpose(1, 2), grad_k.transpose(1, 2)
-    tables = {"cos": angles.cos().to(dtype), "sin": angles.sin().to(dtype)}
-    return {"q": q.requires_grad_(), "k": k.requires_grad_(), **tables, "grads": grads}
+    return {"cos": angles.cos().to(dtype), "sin": angles.sin().to(dtype)}
 
 
 def _attention_inputs(sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
@@ -186,16 +230,44 @@ LORA = Operation(
     sizes=lambda model: {"hidden": model.hidden, "intermediate": model.intermediate, "rank": 16},
     options=lambda model: {"scale": 2.0},
     inputs=_lora_inputs,
-    # the linears have an output and a gradient of their input; the adapters those of both of their weights too
-    flops=lambda sizes: (
-        8 * _elements(sizes, "hidden") * sizes["intermediate"]
-        + 12 * sizes["tokens"] * sizes["rank"] * (sizes["hidden"] + sizes["intermediate"])
-    ),
+    flops=lambda sizes: frozen_flops(sizes) + _adapter_flops(sizes),
     # forward reads x and two weights and writes two outputs; backward reads their gradients, the weights and x, and writes one
     bytes_floor=lambda sizes, itemsize: (
         (3 * _elements(sizes, "hidden") + 4 * (sizes["tokens"] + sizes["hidden"]) * sizes["intermediate"]) * itemsize
     ),
     cpu_cut={"intermediate": 4},
+    beside={"rank": 0},
+)
+LORA_LAYER = Operation(
+    name="lora_layer",
+    about="a frozen layer of Llama with a low-rank adapter on each linear, and the norm after it",
+    tests=("tests/swap/test_lora.py", "-k", "test_equal_to_peft or test_merged"),
+    models=("Llama-3.2-1B", "Llama-3-8B"),
+    custom={
+        "tokens": 4096,
+        "hidden": 1024,
+        "intermediate": 4096,
+        "heads": 16,
+        "key_heads": 8,
+        "head_dim": 64,
+        "rank": 16,
+    },
+    sizes=lambda model: {"hidden": model.hidden, "intermediate": model.intermediate, **_head_shape(model), "rank": 16},
+    options=lambda model: {"scale": 2.0, "eps": model.eps},
+    inputs=_lora_layer_inputs,
+    # and two products of attention forward and five backward, over the half of the pairs that causality leaves
+    flops=lambda sizes: (
+        frozen_flops(sizes)
+        + _adapter_flops(sizes)
+        + 7 * sizes["tokens"] * _elements(sizes, "head_dim") * sizes["heads"]
+    ),
+    # every weight is read in both directions; x and its gradient, the output and its gradient pass once
+    bytes_floor=lambda sizes, itemsize: (
+        (frozen_flops(sizes) / sizes["tokens"] / 2 + 4 * _elements(sizes, "hidden")) * itemsize
+    ),
+    cpu_cut={"intermediate": 4, "hidden": 2},
+    beside={"rank": 0},
+    builds=True,
 )
 ACTIVATION = Operation(
     name="activation",
@@ -274,7 +346,7 @@ CROSS_ENTROPY = Operation(
 
 def _all() -> Mapping[str, Operation]:
     elementwise = [RMS_NORM, ADD_RMS_NORM, LAYER_NORM, GATED_LINEAR, ACTIVATION, ROPE]
-    operations = [*elementwise, LORA, ATTENTION, LINEAR_CROSS_ENTROPY, CROSS_ENTROPY]
+    operations = [*elementwise, LORA, LORA_LAYER, ATTENTION, LINEAR_CROSS_ENTROPY, CROSS_ENTROPY]
     return {operation.name: operation for operation in operations}
 
 

@@ -16,6 +16,9 @@ from bench.peers import EAGER, OURS, PEERS, Peer
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {"add_rms_norm": ("rms_norm", "ADD_KERNEL"), "lora": ("linear", "KERNEL")}
+LAYERS: dict[str, tuple[str, ...]] = {
+    "lora_layer": ("selective",)
+}  # many kernels; by the settings that are measured too
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,9 @@ def take_part(case: Case, facts: Facts, wanted: Sequence[str]) -> tuple[list[Var
 
 def ours(case: Case, facts: Facts) -> list[Variant]:
     """What `auto` takes, and whatever else of ours serves the case."""
+    if case.operation in LAYERS:
+        others = [Variant(f"{OURS}:{name}", PEERS[OURS], name, named=True) for name in LAYERS[case.operation]]
+        return [*others, Variant(OURS, PEERS[OURS])]
     kernel = kernel_of(case.operation)
     size = next(int(case.sizes[name]) for name in ROW_SIZES if name in case.sizes)
     choice = choose(kernel, facts, Spec(facts.device, getattr(torch, case.dtype), size, asked(case)))

@@ -50,7 +50,7 @@ def answer(request: dict[str, Any], tried: dict[str, float]) -> dict[str, Any]:
         if peer.compiles:
             torch.compiler.reset()  # past a few shapes of one function, torch.compile leaves it to eager
         inputs = make_inputs(operation, case.sizes, case.options, dtype, device)
-        found = measure(forward, inputs, request["seconds"], request["memory"], peer.compiles)
+        found = measure(forward, inputs, request["seconds"], request["memory"], peer.compiles or operation.builds)
     except UnsupportedError as unsupported:
         return {"refused": str(unsupported)}
     if device == "cuda":

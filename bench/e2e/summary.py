@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from automodel_accel.kernels.facts import this_machine
+from bench import overhead
 from bench.e2e.variants import OURS, VANILLA
 
 Row = dict[str, Any]
@@ -42,7 +43,7 @@ def summary(rows: Sequence[Row]) -> str:
         return "No rows.\n"
     training = [row for row in rows if row["case"] == "e2e"]
     kernels = [row for row in rows if row["case"] != "e2e"]
-    return "\n".join([*_where(rows), *_kernels(kernels), *_trainings(training)]) + "\n"
+    return "\n".join([*_where(rows), *_kernels(kernels), *_overheads(kernels), *_trainings(training)]) + "\n"
 
 
 def _where(rows: Sequence[Row]) -> Iterator[str]:
@@ -79,6 +80,16 @@ def _kernels(rows: Sequence[Row]) -> Iterator[str]:
             f"{found['eager']['seconds']['p50'] / seconds:.2f}x" if "eager" in found else "-",
         )
     yield ""
+
+
+def _overheads(rows: Sequence[Row]) -> Iterator[str]:
+    for pairs in overhead.overheads(rows):
+        yield f"**{overhead.title(pairs)}**"
+        yield ""
+        yield from _head(overhead.COLUMNS)
+        for pair in pairs:
+            yield _line(*pair.cells)
+        yield ""
 
 
 def _trainings(rows: Sequence[Row]) -> Iterator[str]:

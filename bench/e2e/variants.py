@@ -136,6 +136,7 @@ def _unsloth(job: Job, device: str, settings: Mapping[str, Any]) -> Any:
     loader = importlib.import_module("unsloth").FastLanguageModel
     with tempfile.TemporaryDirectory() as folder:  # it takes a folder, no config
         _base(job, device).save_pretrained(folder)
+        importlib.import_module("bench.tokenizer").save(folder)
         torch.cuda.empty_cache()
         dtype = getattr(torch, job.dtype)
         options = {"max_seq_length": job.length, "dtype": dtype, "load_in_4bit": False}

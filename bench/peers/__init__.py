@@ -17,7 +17,8 @@ ON_GPU = frozenset({"cuda"})
 NORMS = frozenset({"rms_norm", "add_rms_norm", "layer_norm"})
 ELEMENTWISE = frozenset({"gated_linear", "activation", "rope"})
 LOSSES = frozenset({"linear_cross_entropy", "cross_entropy"})
-ALL = NORMS | ELEMENTWISE | LOSSES | {"attention", "lora"}
+ADAPTED = frozenset({"lora", "lora_layer"})
+ALL = NORMS | ELEMENTWISE | LOSSES | ADAPTED | {"attention"}
 OURS, EAGER = "ours", "eager"
 
 
@@ -29,7 +30,7 @@ class Peer:
         name: As rows and tables have it.
         about: What it is.
         module: Of this folder.
-        package: Distribution that it needs, and whose version is printed; None for ourselves.
+        package: Distribution that it needs, or several joined by "+", whose version is printed; None for ourselves.
         operations: Names of those it has.
         devices: Where it runs.
         compiles: Whether its first call compiles for the sizes at hand, so that it is not measured.
@@ -46,7 +47,7 @@ class Peer:
     def version(self) -> str | None:
         """The version of its package; None where it is not installed. Ourselves have a commit instead."""
         try:
-            return importlib.metadata.version(self.package or "automodel-accel")
+            return "+".join(map(importlib.metadata.version, (self.package or "automodel-accel").split("+")))
         except importlib.metadata.PackageNotFoundError:
             return None
 
@@ -142,15 +143,22 @@ _ALL = (
         about="PEFT's layers",
         module="peft",
         package="peft",
-        operations=frozenset({"lora"}),
+        operations=ADAPTED,
         devices=EVERYWHERE,
+    ),
+    Peer(
+        name="peft+liger",
+        about="PEFT's layers in a model that Liger-Kernel has patched, which has no kernel of LoRA",
+        module="peft",
+        package="peft+liger-kernel",
+        operations=frozenset({"lora_layer"}),
     ),
     Peer(
         name="unsloth",
         about="Unsloth's kernels",
         module="unsloth",
         package="unsloth",
-        operations=frozenset({"rms_norm", "layer_norm", "gated_linear", "rope", "cross_entropy"}),
+        operations=frozenset({"rms_norm", "layer_norm", "gated_linear", "rope", "cross_entropy"}) | ADAPTED,
     ),
     Peer(
         name="flash-attn",

@@ -1,7 +1,7 @@
 """Torch, operation by operation, as the models of transformers have it; and the same under torch.compile.
 
-Written out as in `LlamaRMSNorm`, `Gemma2RMSNorm`, `LlamaMLP`, `apply_rotary_pos_emb`, `sdpa_attention_forward`, `ForCausalLMLoss`
-and PEFT's `lora.Linear`: what a user runs who changes nothing.
+Written out as in `LlamaRMSNorm`, `Gemma2RMSNorm`, `LlamaMLP`, `LlamaDecoderLayer`, `apply_rotary_pos_emb`, `sdpa_attention_forward`,
+`ForCausalLMLoss` and PEFT's `lora.Linear`: what a user runs who changes nothing.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,8 @@ def forwards(variant: str) -> Mapping[str, Forward]:
         "layer_norm": _layer_norm,
         "gated_linear": lambda inputs: _activated(inputs["gate"], inputs["activation"]) * inputs["up"],
         "activation": lambda inputs: _activated(inputs["x"], inputs["activation"]),
-        "lora": lambda inputs: tuple(_adapted(name, inputs) for name in ("gate", "up")),
+        "lora": lambda inputs: tuple(_adapted(name, inputs["x"], inputs) for name in ("gate_proj", "up_proj")),
+        "lora_layer": _lora_layer,
         "rope": _rope,
         "attention": _attention,
         "linear_cross_entropy": _linear_cross_entropy,
@@ -64,11 +65,33 @@ def _activated(x: torch.Tensor, name: str) -> torch.Tensor:
     return F.gelu(x, approximate="tanh") if name == "gelu_tanh" else F.silu(x)
 
 
-def _adapted(name: str, inputs: Inputs) -> torch.Tensor:
-    """As in PEFT's `lora.Linear`."""
+def _adapted(name: str, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """As in PEFT's `lora.Linear`; the linear alone where it has no adapter."""
+    base = F.linear(x, inputs[f"{name}_weight"])
+    if f"{name}_a" not in inputs:
+        return base
+    low_rank = F.linear(F.linear(x, inputs[f"{name}_a"]), inputs[f"{name}_b"])
+    return base + low_rank * float(inputs["scale"])
+
+
+def _lora_layer(inputs: Inputs) -> torch.Tensor:
     x: torch.Tensor = inputs["x"]
-    low_rank = F.linear(F.linear(x, inputs[f"{name}_a"]), inputs[f"{name}_b"]) * inputs["scale"]
-    return F.linear(x, inputs[f"{name}_weight"]) + low_rank
+    normed = _named_norm("input_layernorm", x, inputs)
+    q, k, v = (_adapted(name, normed, inputs) for name in ("q_proj", "k_proj", "v_proj"))
+    q, k, v = (each.view(*x.shape[:2], -1, inputs["head_dim"]) for each in (q, k, v))
+    q, k = _rope({**inputs, "q": q, "k": k})
+    attended = F.scaled_dot_product_attention(
+        q, k, v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    h = x + _adapted("o_proj", attended.transpose(1, 2).flatten(2), inputs)
+    normed = _named_norm("post_attention_layernorm", h, inputs)
+    gate, up = (_adapted(name, normed, inputs) for name in ("gate_proj", "up_proj"))
+    return _named_norm("norm", h + _adapted("down_proj", F.silu(gate) * up, inputs), inputs)
+
+
+def _named_norm(name: str, x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    llama = {"offset": 0.0, "order": "cast_then_mul", "eps": inputs["eps"]}
+    return _rms_norm(x, {**llama, "weight": inputs[f"{name}_weight"]})
 
 
 def _turned(x: torch.Tensor) -> torch.Tensor:

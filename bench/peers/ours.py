@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
+import automodel_accel
 from automodel_accel.kernels.activation import activation
 from automodel_accel.kernels.attention import attention
 from automodel_accel.kernels.contract import AUTO
@@ -33,6 +35,7 @@ def forwards(variant: str) -> Mapping[str, Forward]:
         ),
         "activation": lambda inputs: activation(inputs["x"], inputs["activation"], **_named(inputs)),
         "lora": _lora,
+        "lora_layer": _lora_layer(),
         "rope": _rope,
         "attention": lambda inputs: attention(
             *(inputs[name].transpose(1, 2) for name in ("q", "k", "v")), **_named(inputs)
@@ -53,10 +56,21 @@ def _norm(inputs: Inputs) -> dict[str, Any]:
 
 
 def _lora(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    form, names = Form(inputs["scale"]), ("gate", "up")
-    adapters = [Adapter(inputs[f"{name}_a"], inputs[f"{name}_b"], form) for name in names]
+    form, names = Form(inputs["scale"]), ("gate_proj", "up_proj")
+    adapters = [Adapter(inputs[f"{name}_a"], inputs[f"{name}_b"], form) for name in names if f"{name}_a" in inputs]
     weights = [inputs[f"{name}_weight"] for name in names]
     return linears(inputs["x"], weights, [None, None], adapters=adapters, **_named(inputs))
+
+
+def _lora_layer() -> Forward:
+    """PEFT's layers in transformers' model, applied; "selective" is no implementation but a setting."""
+    from bench.layer import Built, build, last_hidden_state
+
+    def make(inputs: Inputs) -> nn.Module:
+        recompute = "selective" if inputs.get("implementation") == "selective" else None
+        return automodel_accel.apply(build(inputs), recompute=recompute)
+
+    return Built(make, last_hidden_state)
 
 
 def _rope(inputs: Inputs) -> tuple[torch.Tensor, ...]:

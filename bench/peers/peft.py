@@ -1,45 +1,39 @@
-"""PEFT's LoRA layers, as they stand in a model."""
+"""PEFT's LoRA layers, as they stand in a model; and in one that Liger-Kernel has patched. Liger read in 0.8.5."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import peft
 import torch
 from torch import nn
 
 from bench.case import Forward, Inputs
+from bench.layer import Built, add_adapters, build, last_hidden_state, place
 
-NAMES = ("gate", "up")
+PAIR = ("gate_proj", "up_proj")
 
 
 def forwards(variant: str) -> Mapping[str, Forward]:
-    """What PEFT has."""
-    return {"lora": _Layers()}
+    """What PEFT has, or with Liger-Kernel."""
+    if variant == "peft+liger":
+        return {"lora_layer": Built(lambda inputs: build(inputs, _patched_by_liger), last_hidden_state)}
+    return {"lora": Built(_pair, _both), "lora_layer": Built(build, last_hidden_state)}
 
 
-class _Layers:
-    """The layers around the weights of a case, made once."""
-
-    def __init__(self) -> None:
-        self._made: tuple[torch.Tensor, nn.Module] | None = None
-
-    def __call__(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        x: torch.Tensor = inputs["x"]
-        if self._made is None or self._made[0] is not x:
-            self._made = x, _layers(inputs)
-        return tuple(getattr(self._made[1], name)(x) for name in NAMES)
+def _pair(inputs: Inputs) -> nn.Module:
+    sizes = {name: inputs[f"{name}_weight"].shape for name in PAIR}
+    pair: Any = nn.ModuleDict({name: nn.Linear(h, f, bias=False, device="meta") for name, (f, h) in sizes.items()})
+    if f"{PAIR[0]}_a" in inputs:
+        add_adapters(pair, inputs, PAIR)
+    place(pair, inputs)
+    return pair.train()  # type: ignore[no-any-return]
 
 
-def _layers(inputs: Inputs) -> nn.Module:
-    sizes = {name: inputs[f"{name}_weight"].shape for name in NAMES}
-    model: Any = nn.ModuleDict({name: nn.Linear(h, f, bias=False, device="meta") for name, (f, h) in sizes.items()})
-    rank = inputs["gate_a"].shape[0]
-    config = peft.LoraConfig(r=rank, lora_alpha=round(inputs["scale"] * rank), target_modules=list(NAMES))
-    peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
-    for name in NAMES:
-        layer = getattr(model, name)
-        parts = ((layer.base_layer, "weight"), (layer.lora_A["default"], "a"), (layer.lora_B["default"], "b"))
-        for linear, part in parts:
-            del linear.weight
-            linear.weight = inputs[f"{name}_{part}"]  # the case's own leaves, which get the gradients
-    return model.train()  # type: ignore[no-any-return]
+def _both(pair: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(pair[name](x) for name in PAIR)
+
+
+def _patched_by_liger(model: nn.Module) -> None:
+    """Its norms, rope and swiglu; the losses are no part of a layer."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
