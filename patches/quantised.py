@@ -17,8 +17,8 @@ from torch import nn
 
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.facts import Facts
-from automodel_accel.kernels.lora import Adapter, Form, draw_mask, generator_at, generator_state
-from automodel_accel.kernels.lora.beside import KERNEL, beside, reference
+from automodel_accel.kernels.lora import Adapter, Form, draw_mask, generator_at, generator_state, reference
+from automodel_accel.kernels.lora.beside import KERNEL, beside
 from automodel_accel.kernels.recompute import region, remember, source_of
 from automodel_accel.patches import lora
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
@@ -100,11 +100,11 @@ class QuantisedPatch(LinearPatch):
     ) -> Claim | None:
         """Its dtype is that of the adapters: the base has one only while it computes."""
         dtypes = {a.weight.dtype for member in members for a in member.lora_A.values()}
-        bits = {bits_of(member) for member in members}
-        if len(dtypes) != 1 or len(bits) != 1:
+        bits = bits_of(members[0])
+        if len(dtypes) != 1 or bits is None:
             return None
-        (dtype,), (kind,) = dtypes, bits
-        form = QuantisedForm(kind, groups, len(members), context.recompute is not None and kind == 4)
+        (dtype,) = dtypes
+        form = QuantisedForm(bits, groups, len(members), context.recompute is not None and bits == 4)
         paths = tuple(self._paths[id(module)] for module in (*members, *parents))
         choices = context.choices(KERNEL, dtype, members[0].in_features)
         return Claim(self.fusion, paths, form.label(), dtype, form, choices, part="quantised linear")
@@ -182,12 +182,12 @@ def bits_of(module: Any) -> int | None:
 
     By the classes themselves. Neither the library nor PEFT's layers for it are imported: where they were not, there is none.
     """
-    if not isinstance(module, LoraLayer) or (bits := BITS.get(original_class(module).__name__)) is None:  # type: ignore[arg-type]
+    if not isinstance(module, LoraLayer):
         return None
-    name = original_class(module).__name__  # type: ignore[arg-type]
+    kind, base = original_class(module), original_class(module.base_layer)  # type: ignore[arg-type]
     layers, library = sys.modules.get(f"{PEFTS}bnb"), sys.modules.get(f"{LIBRARY}.nn")
-    around, inside = getattr(layers, name, None), getattr(library, name, None)
-    return bits if (original_class(module), original_class(module.base_layer)) == (around, inside) else None  # type: ignore[arg-type]
+    is_theirs = kind is getattr(layers, kind.__name__, None) and base is getattr(library, kind.__name__, None)
+    return BITS.get(kind.__name__) if is_theirs else None
 
 
 def _reason_against(layer: Any, facts: Facts) -> str | None:
@@ -197,7 +197,7 @@ def _reason_against(layer: Any, facts: Facts) -> str | None:
         return None
     if (other := OTHERS.get(of)) is not None:
         return f"its base is quantised by {other}; LoRA is computed beside the 4-bit and 8-bit linears of {LIBRARY}"
-    if of != "bnb" or bits_of(layer) and facts.has(LIBRARY):
+    if of != "bnb" or (bits_of(layer) and facts.has(LIBRARY)):
         return None
     if not facts.has(LIBRARY):
         return f"its base is quantised by {LIBRARY}, which is not installed; pip install {LIBRARY}"
