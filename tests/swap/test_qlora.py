@@ -1,0 +1,454 @@
+"""PEFT's LoRA around the 4-bit and 8-bit linears of bitsandbytes: as right as PEFT alone, or handed to PEFT."""
+
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import automodel_accel as accel
+from automodel_accel.kernels.facts import this_machine
+from automodel_accel.kernels.numerics import judge
+from tests.budgets.layers import LINEARS as ALL
+from tests.budgets.watch import Watch
+from tests.swap.compare import assert_close, assert_equal, step
+from tests.swap.test_lora import NAMES, Model, adapted, assert_equal_outcomes, outcome
+from tests.tiny import batch, tiny
+
+BITS = (4, 8)
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 16,
+}  # of blocks of 64 weights, as the library takes them
+
+
+def quantised(model: nn.Module, bits: int, double: bool = True, compute: torch.dtype | None = None) -> nn.Module:
+    """The model with each linear of a name in NAMES replaced by the library's."""
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if name in NAMES and type(linear) is nn.Linear:
+                setattr(parent, name, of_library(linear, bits, double, compute))
+    return marked(model)
+
+
+def marked(model: nn.Module) -> nn.Module:
+    """As transformers marks it, for PEFT."""
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # type: ignore[assignment]
+    return model
+
+
+def of_library(linear: nn.Linear, bits: int, double: bool, compute: torch.dtype | None) -> nn.Module:
+    sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    if bits == 4:
+        made = bnb.nn.Linear4bit(*sizes, bias, compute_dtype=compute, compress_statistics=double, quant_type="nf4")
+        made.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4", module=made
+        )
+    else:
+        made = bnb.nn.Linear8bitLt(*sizes, bias, has_fp16_weights=False, threshold=6.0)
+        made.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    if bias:
+        made.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+    return made.to("cpu")  # type: ignore[no-any-return]  # which quantises
+
+
+def dequantised(layer: Any) -> nn.Linear:
+    """The linear that the library's stands for, in float64."""
+    base = layer.base_layer
+    if isinstance(base, bnb.nn.Linear4bit):
+        weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).double()
+    else:
+        scales = base.state.SCB if base.weight.SCB is None else base.weight.SCB
+        weight = base.weight.data.double() * scales.double()[:, None] / 127
+    plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, dtype=torch.float64)
+    plain.weight.data = weight
+    if base.bias is not None:
+        plain.bias.data = base.bias.data.double()
+    return plain.requires_grad_(False)
+
+
+def truth_of(model: nn.Module) -> nn.Module:
+    """PEFT in float64 around what the quantised weights stand for."""
+    truth = copy.deepcopy(model)
+    for layer in truth.modules():
+        if isinstance(layer, LoraLayer):
+            layer.base_layer = dequantised(layer)  # type: ignore[assignment]
+    return truth.double()
+
+
+def assert_as_peft(ours: nn.Module, theirs: nn.Module, x: torch.Tensor, autocast: torch.dtype | None = None) -> None:
+    """By the error ratio: all results in one dtype, each in units of its largest element."""
+    exact = outcome(truth_of(theirs), x.double())
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        found, expected = outcome(ours, x), outcome(theirs, x)
+    assert found.keys() == expected.keys() == exact.keys()
+    assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in expected.items()}
+    for dtype in {tensor.dtype for tensor in expected.values()}:
+        names = [name for name, tensor in expected.items() if tensor.dtype is dtype]
+        # a power of 2: no rounding of its own
+        units = {name: 2.0 ** exact[name].abs().max().clamp_min(1e-30).log2().ceil().item() for name in names}
+        parts = (
+            torch.cat([(some[name] / units[name]).flatten() for name in names]) for some in (found, expected, exact)
+        )
+        verdict = judge(*parts)
+        assert verdict.passed, f"{dtype}: {verdict}"
+
+
+def only_quantised(model: nn.Module, fused: int) -> None:
+    counts = accel.report(model).counts
+    assert counts.fused["quantised"] == fused
+    assert [reason for reason in counts.passed_on if reason.startswith("quantised")] == []
+
+
+def moderate(model: nn.Module, rank: int, dtype: torch.dtype) -> nn.Module:
+    """Adapters that add something of the order of the output, in one dtype."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = (torch.randn_like(parameter, dtype=torch.float32) / rank).to(dtype)
+    return model
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    bits=st.sampled_from(BITS),
+    double=st.booleans(),
+    rank=st.sampled_from([1, 2, 3, 8, 16, 64, 256]),
+    sizes=st.sampled_from([(64, 64), (64, 96), (128, 32)]),
+    targets=st.sets(st.sampled_from(NAMES), min_size=1).map(sorted),
+    low=st.sampled_from([torch.float32, torch.bfloat16]),
+    wide_adapters=st.booleans(),
+    rslora=st.booleans(),
+    alpha=st.sampled_from([1, 3, 16, 32]),
+    bias=st.booleans(),
+)
+def test_equal_to_peft(
+    bits: int,
+    double: bool,
+    rank: int,
+    sizes: tuple[int, int],
+    targets: list[str],
+    low: torch.dtype,
+    wide_adapters: bool,
+    rslora: bool,
+    alpha: int,
+    bias: bool,
+) -> None:
+    torch.manual_seed(0)
+    model = quantised(Model(*sizes, bias=bias).to(low), bits, double, low)
+    theirs = adapted(model, r=rank, target_modules=targets, use_rslora=rslora, lora_alpha=alpha)
+    moderate(theirs, rank, torch.float32 if wide_adapters else low)
+    ours = accel.apply(copy.deepcopy(theirs), quantised=True, strict=True)
+    assert_as_peft(ours, theirs, torch.randn(20, 7, sizes[0], generator=torch.Generator().manual_seed(2)).to(low))
+    shared = sum(name in targets for name in NAMES[:3])
+    only_quantised(ours, (shared > 0) + ("o_proj" in targets))
+
+
+@pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", BITS)
+def test_under_autocast(bits: int, x_type: torch.dtype) -> None:
+    torch.manual_seed(0)
+    theirs = moderate(adapted(quantised(Model(64, 96), bits, compute=torch.bfloat16)), 4, torch.float32)
+    ours = accel.apply(copy.deepcopy(theirs))
+    assert_as_peft(ours, theirs, torch.randn(20, 7, 64).to(x_type), autocast=torch.bfloat16)
+    only_quantised(ours, 2)
+
+
+def test_two_narrow_dtypes_go_to_peft() -> None:
+    theirs = adapted(quantised(Model(64, 96).bfloat16(), 4, compute=torch.bfloat16))
+    ours = accel.apply(copy.deepcopy(theirs))
+    x = torch.randn(3, 64).bfloat16()
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(ours.layer.q_proj(x), theirs.layer.q_proj(x))
+    (reason,) = accel.report(ours).counts.passed_on
+    assert "torch.bfloat16 under autocast to torch.float16" in reason
+
+
+@pytest.mark.parametrize("p", [0.1, 1.0])
+@pytest.mark.parametrize("bits", BITS)
+def test_dropout_draws_what_peft_draws(bits: int, p: float) -> None:
+    theirs = adapted(quantised(Model(64, 96), bits), lora_dropout=p)
+    ours = accel.apply(copy.deepcopy(theirs))
+    x = torch.randn(4, 6, 64)
+    for seed in range(2):
+        found, expected = outcome(ours, x, seed), outcome(theirs, x, seed)
+        after = torch.rand(())
+        outcome(ours, x, seed)
+        assert torch.rand(()) == after, "the random numbers go on elsewhere than after PEFT"
+        largest = max(tensor.abs().max().item() for tensor in expected.values())
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6 * largest, msg=name)
+    only_quantised(ours, 4 * 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama as it lies on a disk."""
+    path = tmp_path_factory.mktemp("llama")
+    tiny(**SIZES).save_pretrained(path)
+    return path
+
+
+def loaded(folder: Path, bits: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """As transformers loads it quantised, and PEFT prepares it."""
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = {**four, "bnb_4bit_compute_dtype": dtype} if bits == 4 else {"load_in_8bit": True}
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**config), dtype=dtype)
+    return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-any-return]
+
+
+def lora(**config: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(**{"r": 4, "target_modules": ALL, "init_lora_weights": False, **config})
+
+
+def with_peft(folder: Path, bits: int, **config: Any) -> nn.Module:
+    torch.manual_seed(1)
+    return peft.get_peft_model(loaded(folder, bits), lora(**config)).train()
+
+
+@pytest.mark.parametrize("recompute", [None, "selective"])
+@pytest.mark.parametrize("bits", BITS)
+def test_twenty_steps_give_the_losses_of_peft(folder: Path, bits: int, recompute: str | None) -> None:
+    curves = []
+    for ours in (False, True):
+        model, config = loaded(folder, bits), lora(lora_dropout=0.1, init_lora_weights=True)
+        torch.manual_seed(1)
+        if ours:
+            model = accel.apply(model, lora=config, recompute=recompute).train()
+        else:
+            model = peft.get_peft_model(model, config).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        torch.manual_seed(0)
+        losses = []
+        for i in range(20):
+            loss = model(**batch(ignored=5 + i % 3)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        curves.append(losses)
+    vanilla, fused = curves
+    assert fused == pytest.approx(vanilla, rel=1e-5)
+    assert fused[-1] < fused[0]
+    counts = accel.report(model).counts
+    assert (counts.fused["quantised"], counts.fused["mlp"]) == (20 * 2 * 4, 20 * 2)
+    assert counts.passed_on == {}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_checkpointing(folder: Path, bits: int, reentrant: bool) -> None:
+    steps = []
+    for ours in (False, True):
+        model = with_peft(folder, bits, lora_dropout=0.2)
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if ours:
+            accel.apply(model, recompute="selective")
+        torch.manual_seed(3)
+        steps.append(step(model, **batch(), use_cache=False))
+    assert_close(steps[1], steps[0])
+    only_quantised(
+        model, (1 if reentrant else 2) * 2 * 4
+    )  # each layer runs again; first without gradients, where reentrant
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_plan_evaluation_and_revert(folder: Path, bits: int) -> None:
+    theirs = with_peft(folder, bits)
+    ours = copy.deepcopy(theirs)
+    classes = {name: type(module) for name, module in ours.named_modules()}
+    accel.apply(ours, recompute="selective")
+    labels = {claim.label for claim in accel.report(ours).applied if claim.fusion == "quantised"}
+    again = ", the input computed again in backward, where that is cheap" if bits == 4 else ""
+    groups = ("q_proj, k_proj, v_proj of one input, ", "gate_proj, up_proj of one input, ", "")
+    assert labels == {f"{group}LoRA on {bits}-bit{again}" for group in groups}
+    assert accel.report(ours).places("mlp") == 2
+    assert_close(step(ours, **batch()), step(theirs, **batch()))
+    only_quantised(ours, 2 * 4)
+    for model in (ours, theirs):
+        model.eval()
+    ours_alone = accel.apply(
+        accel.revert(ours), **dict.fromkeys(("norm", "mlp", "rope", "attention", "residual"), False)
+    )
+    assert torch.equal(ours_alone(**batch()).logits, theirs(**batch()).logits)
+    assert accel.report(ours).counts.fused["quantised"] == 0
+    accel.revert(ours)
+    assert {name: type(module) for name, module in ours.named_modules()} == classes
+    assert_equal(step(ours.train(), **batch()), step(theirs.train(), **batch()))
+
+
+def saved_bytes(model: nn.Module) -> int:
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in parameters:
+            kept.setdefault(x.untyped_storage().data_ptr(), x)
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        model(torch.randn(40, 64, generator=torch.Generator().manual_seed(0)))
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("bits", BITS)
+def test_fewer_bytes_are_kept_and_fewer_kernels_run_than_by_peft(bits: int, p: float) -> None:
+    theirs = adapted(quantised(Model(64, 96), bits), lora_dropout=p)
+    ours = accel.apply(copy.deepcopy(theirs))
+    launches, kept = [], []
+    for model in (ours, theirs):
+        x = torch.randn(40, 64, requires_grad=True)
+        model(x).sum().backward()
+        model.zero_grad()
+        with Watch() as watch:
+            model(x).sum().backward()
+        launches.append(len(watch.launches))
+        kept.append(saved_bytes(model))
+    assert launches[0] < launches[1]
+    assert kept[0] < kept[1]
+    if p:
+        without = accel.apply(adapted(quantised(Model(64, 96), bits)))
+        generator_states = 4 * torch.get_rng_state().nbytes
+        assert kept[0] <= saved_bytes(without) + generator_states
+
+
+def dora(model: nn.Module) -> nn.Module:
+    return adapted(model, use_dora=True)
+
+
+def two_adapters(model: nn.Module) -> nn.Module:
+    model = adapted(model)
+    config = peft.LoraConfig(r=2, target_modules=list(NAMES), init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model, adapter_name="other")
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter(["default", "other"])
+    return model.train()
+
+
+def with_a_hook(model: nn.Module) -> nn.Module:
+    model = adapted(model)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.base_layer.register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+def switched_off(model: nn.Module) -> nn.Module:
+    model = adapted(model)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.enable_adapters(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (dora, "its adapter is a DoraLinearVariant"),
+        (two_adapters, "2 adapters are active"),
+        (with_a_hook, "there are hooks inside of it"),
+        (switched_off, "its adapters are merged or switched off"),
+    ],
+)
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_not_one_plain_adapter_is_left_to_peft(bits: int, make: Any, reason: str) -> None:
+    torch.manual_seed(0)
+    theirs = make(quantised(Model(64, 96, bias=True), bits))
+    ours = accel.apply(copy.deepcopy(theirs))
+    x = torch.randn(4, 6, 64)
+    assert_equal_outcomes(outcome(ours, x), outcome(theirs, x))
+    assert list(accel.report(ours).counts.passed_on) == [f"quantised: LoRA by PEFT: {reason}"]
+
+
+def test_merged_between_calls() -> None:
+    theirs = adapted(quantised(Model(64, 96), 4))
+    ours = accel.apply(copy.deepcopy(theirs))
+    x = torch.randn(4, 6, 64)
+    assert_equal_outcomes(outcome(ours, x), outcome(theirs, x))
+    for model in (ours, theirs):
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.merge()
+    assert_equal_outcomes(outcome(ours, x), outcome(theirs, x))
+    assert list(accel.report(ours).counts.passed_on) == [
+        "quantised: LoRA by PEFT: its adapters are merged or switched off"
+    ]
+
+
+def test_only_what_is_adapted_and_quantised_takes_part() -> None:
+    model = Model(64, 96)
+    model.layer.v_proj = of_library(model.layer.v_proj, 8, False, None)
+    quantised(model, 4)
+    theirs = adapted(model, target_modules=["first", "q_proj", "v_proj", "o_proj"])
+    ours = accel.apply(copy.deepcopy(theirs))
+    claims = {claim.paths[0]: claim.label for claim in accel.report(ours).applied}
+    names = {"layer.q_proj": 4, "layer.v_proj": 8, "layer.o_proj": 4}
+    assert claims == {**{name: f"LoRA on {bits}-bit" for name, bits in names.items()}, "first": "LoRA"}
+    x = torch.randn(4, 6, 64)
+    assert_equal_outcomes(outcome(ours, x), outcome(theirs, x))
+
+
+def test_a_frozen_first_layer_without_a_gradient_before_it() -> None:
+    theirs = adapted(quantised(Model(64, 96), 4)).layer.q_proj
+    ours = accel.apply(nn.Sequential(copy.deepcopy(theirs)))
+    x = torch.randn(4, 64)
+    before = x.clone()
+    ours(x).sum().backward()
+    theirs(x).sum().backward()
+    assert torch.equal(x, before)
+    for name, parameter in theirs.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(ours[0].get_parameter(name).grad, parameter.grad)
+    only_quantised(ours, 1)
+
+
+def test_without_the_package_there_is_a_sentence() -> None:
+    model = adapted(quantised(Model(64, 96), 4))
+    facts = dataclasses.replace(this_machine(), packages={})
+    refusals = [no for fusion, no in accel.plan(model, facts=facts).refusals if fusion == "quantised"]
+    assert {no.what for no in refusals} == {f"layer.{name}" for name in NAMES}
+    assert {no.reason for no in refusals} == {
+        "its base is quantised by bitsandbytes, which is not installed; pip install bitsandbytes"
+    }
+
+
+def test_a_base_of_another_class_is_refused() -> None:
+    model = adapted(quantised(Model(64, 96), 4))
+    base = model.layer.o_proj.base_layer
+    base.__class__ = type("Another", (type(base),), {})
+    (refusal,) = [no for fusion, no in accel.plan(model).refusals if fusion == "quantised"]
+    assert str(refusal).startswith("layer.o_proj: its base is a Another, not the linear of bitsandbytes")
+
+
+@pytest.mark.parametrize(("module", "library"), [("hqq", "HQQ"), ("gptq", "GPTQ"), ("torchao", "torchao")])
+def test_other_quantisers_are_refused_by_name(module: str, library: str) -> None:
+    model = adapted(Model())
+    layer = model.layer.q_proj
+    layer.__class__ = type("Layer", (nn.Module, LoraLayer), {"__module__": f"peft.tuners.lora.{module}"})
+    (refusal,) = [no for fusion, no in accel.plan(model).refusals if fusion == "quantised"]
+    assert str(refusal).startswith(
+        f"layer.q_proj: its base is quantised by {library}; LoRA is computed beside the 4-bit"
+    )
+
+
+def test_nothing_quantised_nothing_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "bitsandbytes"]:
+        monkeypatch.delitem(sys.modules, name)
+    plan = accel.plan(adapted(Model()))
+    assert {claim.fusion for claim in plan.claims} == {"linear"}
+    assert "bitsandbytes" not in sys.modules, "imported for nothing"
+    assert not any(fusion == "quantised" for fusion, _ in plan.refusals)
