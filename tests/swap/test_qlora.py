@@ -22,7 +22,7 @@ from automodel_accel.kernels.facts import this_machine
 from automodel_accel.kernels.numerics import judge
 from tests.budgets.layers import LINEARS as ALL
 from tests.budgets.watch import Watch
-from tests.swap.compare import assert_close, assert_equal, step
+from tests.swap.compare import assert_as_good, assert_close, assert_equal, step
 from tests.swap.test_lora import NAMES, Model, adapted, assert_equal_outcomes, outcome
 from tests.tiny import batch, tiny
 
@@ -249,19 +249,20 @@ def test_twenty_steps_give_the_losses_of_peft(folder: Path, bits: int, recompute
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("bits", BITS)
 def test_checkpointing(folder: Path, bits: int, reentrant: bool) -> None:
-    steps = []
-    for ours in (False, True):
-        model = with_peft(folder, bits, lora_dropout=0.2)
+    """By the error ratio, also against PEFT without checkpoints in float64."""
+    theirs = with_peft(folder, bits, lora_dropout=0.2)
+    truth = truth_of(theirs)
+    ours = copy.deepcopy(theirs)
+    for model in (ours, theirs):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        if ours:
-            accel.apply(model, recompute="selective")
+    accel.apply(ours, recompute="selective")
+    steps = []
+    for model in (ours, theirs, truth):
         torch.manual_seed(3)
         steps.append(step(model, **batch(), use_cache=False))
-    assert_close(steps[1], steps[0])
-    only_quantised(
-        model, (1 if reentrant else 2) * 2 * 4
-    )  # each layer runs again; first without gradients, where reentrant
+    assert_as_good(*steps, torch.float32)
+    only_quantised(ours, (1 if reentrant else 2) * 2 * 4)  # again in backward; first without gradients, where reentrant
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -289,7 +290,7 @@ def test_plan_evaluation_and_revert(folder: Path, bits: int) -> None:
     assert_equal(step(ours.train(), **batch()), step(theirs.train(), **batch()))
 
 
-def saved_bytes(model: nn.Module) -> int:
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -299,30 +300,33 @@ def saved_bytes(model: nn.Module) -> int:
         return x
 
     with saved_tensors_hooks(keep, lambda x: x):
-        model(torch.randn(40, 64, generator=torch.Generator().manual_seed(0)))
+        model(x)
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", BITS)
-def test_fewer_bytes_are_kept_and_fewer_kernels_run_than_by_peft(bits: int, p: float) -> None:
-    theirs = adapted(quantised(Model(64, 96), bits), lora_dropout=p)
+def test_less_is_kept_and_fewer_kernels_run_than_by_peft(bits: int, low: torch.dtype, p: float) -> None:
+    """Adapters in float32. Without dropout PEFT keeps nothing more only where the input is in float32 as well."""
+    theirs = adapted(quantised(Model(64, 96).to(low), bits, compute=low), lora_dropout=p)
+    moderate(theirs, 4, torch.float32)
     ours = accel.apply(copy.deepcopy(theirs))
+    x = torch.randn(40, 64).to(low).requires_grad_()
     launches, kept = [], []
     for model in (ours, theirs):
-        x = torch.randn(40, 64, requires_grad=True)
-        model(x).sum().backward()
+        model(x).sum().backward()  # what is built once is not counted
         model.zero_grad()
         with Watch() as watch:
             model(x).sum().backward()
         launches.append(len(watch.launches))
-        kept.append(saved_bytes(model))
+        kept.append(saved_bytes(model, x))
     assert launches[0] < launches[1]
-    assert kept[0] < kept[1]
-    if p:
-        without = accel.apply(adapted(quantised(Model(64, 96), bits)))
-        generator_states = 4 * torch.get_rng_state().nbytes
-        assert kept[0] <= saved_bytes(without) + generator_states
+    assert kept[0] < kept[1] or (kept[0] == kept[1] and low is torch.float32 and not p)
+    for module in ours.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5 - p
+    assert saved_bytes(ours, x) == kept[0], "what is kept depends on dropout"
 
 
 def dora(model: nn.Module) -> nn.Module:
