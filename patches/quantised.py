@@ -6,6 +6,7 @@ and shared as plain linears are (linear.py); each call that is no sum of a produ
 """
 
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,9 +115,9 @@ class QuantisedPatch(LinearPatch):
         dtype, wide = claim.dtype, torch.float32
         low = dtype if dtype in LOW_PRECISION else torch.bfloat16
         inputs = dict.fromkeys((dtype, wide, low, torch.float16))
-        keys = [(device, x, False, adapter) for x in inputs for adapter in dict.fromkeys((x, wide))]
+        keys = [(device, x, False, adapter) for x in inputs for adapter in dict.fromkeys((x, wide, dtype))]
         keys += [(device, x, True, wide) for x in inputs if x is not torch.float64]
-        return list(dict.fromkeys([(device, dtype, False, dtype), *keys]))
+        return keys
 
     def experiment(self, claim: Claim, module: nn.Module, key: CallKey, implementation: str) -> Experiment:
         """PEFT's class around a stand-in for the base, as it is and swapped: in one group, then again from an input with a source.
@@ -228,8 +229,7 @@ def _member_forward(
             counts.count(counts.passed_on, f"quantised: not proved for {key}")
             return original(self, x)
         counts.count(counts.fused, QuantisedPatch.fusion)
-        others = shared.members if shared is not None else []
-        members = [self, *(other for other in others if other is not self and _goes_along(other, x, key))]
+        members = [self, *_going_along(self, shared, x, key)]
         output, *rest = beside(
             x,
             [member.base_layer(x) for member in members],
@@ -245,8 +245,13 @@ def _member_forward(
     return forward
 
 
-def _goes_along(layer: Any, x: torch.Tensor, key: CallKey) -> bool:
-    return layer.training and lora.objection(layer) is None and _call_key(layer, x) == key
+def _going_along(layer: Any, shared: Shared | None, x: torch.Tensor, key: CallKey) -> list[Any]:
+    """Those behind the layer that are computed in the same call; up to one that is not, for random numbers are drawn in order."""
+    if shared is None:
+        return []
+    behind = shared.members[shared.members.index(layer) + 1 :]
+    alike = (other.training and lora.objection(other) is None and _call_key(other, x) == key for other in behind)
+    return [other for other, _ in itertools.takewhile(lambda pair: pair[1], zip(behind, alike, strict=True))]
 
 
 def _call_key(layer: Any, x: torch.Tensor) -> CallKey:

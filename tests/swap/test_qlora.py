@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import peft
 import pytest
 import torch
@@ -25,6 +24,8 @@ from tests.budgets.watch import Watch
 from tests.swap.compare import assert_as_good, assert_close, assert_equal, step
 from tests.swap.test_lora import NAMES, Model, adapted, assert_equal_outcomes, outcome
 from tests.tiny import batch, tiny
+
+bnb = pytest.importorskip("bitsandbytes")
 
 BITS = (4, 8)
 SIZES = {
@@ -225,6 +226,7 @@ def test_twenty_steps_give_the_losses_of_peft(folder: Path, bits: int, recompute
         model, config = loaded(folder, bits), lora(lora_dropout=0.1, init_lora_weights=True)
         torch.manual_seed(1)
         if ours:
+            config.target_modules = "*_proj"
             model = accel.apply(model, lora=config, recompute=recompute).train()
         else:
             model = peft.get_peft_model(model, config).train()
@@ -376,6 +378,31 @@ def test_what_is_not_one_plain_adapter_is_left_to_peft(bits: int, make: Any, rea
     x = torch.randn(4, 6, 64)
     assert_equal_outcomes(outcome(ours, x), outcome(theirs, x))
     assert list(accel.report(ours).counts.passed_on) == [f"quantised: LoRA by PEFT: {reason}"]
+
+
+def in_evaluation(layer: Any) -> None:
+    layer.eval()
+
+
+def without_adapters(layer: Any) -> None:
+    layer.enable_adapters(False)
+
+
+def with_narrow_adapters(layer: Any) -> None:
+    layer.lora_A.bfloat16()
+    layer.lora_B.bfloat16()
+
+
+@pytest.mark.parametrize("change", [in_evaluation, without_adapters, with_narrow_adapters])
+@pytest.mark.parametrize("name", ["q_proj", "k_proj"])
+def test_one_of_a_group_that_is_unlike_the_others(name: str, change: Any) -> None:
+    """Masks are those of PEFT all the same, which draws them in the order of the calls."""
+    theirs = adapted(quantised(Model(64, 96), 4), lora_dropout=0.2)
+    ours = accel.apply(copy.deepcopy(theirs))
+    for model in (ours, theirs):
+        change(model.layer.get_submodule(name))
+    assert_as_peft(ours, theirs, torch.randn(4, 6, 64))
+    assert accel.report(ours).counts.fused["quantised"] == (2 if name == "q_proj" else 3)
 
 
 def test_merged_between_calls() -> None:
