@@ -21,72 +21,14 @@ from automodel_accel.kernels.facts import this_machine
 from automodel_accel.kernels.numerics import judge
 from tests.budgets.layers import LINEARS as ALL
 from tests.budgets.watch import Watch
+from tests.swap.bnb_models import of_library, quantised, truth_of
 from tests.swap.compare import assert_as_good, assert_close, assert_equal, step
 from tests.swap.test_lora import NAMES, Model, adapted, assert_equal_outcomes, outcome
 from tests.tiny import batch, tiny
 
-bnb = pytest.importorskip("bitsandbytes")
-
 BITS = (4, 8)
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "head_dim": 16,
-}  # of blocks of 64 weights, as the library takes them
-
-
-def quantised(model: nn.Module, bits: int, double: bool = True, compute: torch.dtype | None = None) -> nn.Module:
-    """The model with each linear of a name in NAMES replaced by the library's."""
-    for parent in list(model.modules()):
-        for name, linear in list(parent.named_children()):
-            if name in NAMES and type(linear) is nn.Linear:
-                setattr(parent, name, of_library(linear, bits, double, compute))
-    return marked(model)
-
-
-def marked(model: nn.Module) -> nn.Module:
-    """As transformers marks it, for PEFT."""
-    model.is_loaded_in_4bit = model.is_loaded_in_8bit = True  # type: ignore[assignment]
-    return model
-
-
-def of_library(linear: nn.Linear, bits: int, double: bool, compute: torch.dtype | None) -> nn.Module:
-    sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
-    if bits == 4:
-        made = bnb.nn.Linear4bit(*sizes, bias, compute_dtype=compute, compress_statistics=double, quant_type="nf4")
-        made.weight = bnb.nn.Params4bit(
-            linear.weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4", module=made
-        )
-    else:
-        made = bnb.nn.Linear8bitLt(*sizes, bias, has_fp16_weights=False, threshold=6.0)
-        made.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-    if bias:
-        made.bias = nn.Parameter(linear.bias.data, requires_grad=False)
-    return made.to("cpu")  # type: ignore[no-any-return]  # which quantises
-
-
-def dequantised(layer: Any) -> nn.Linear:
-    """The linear that the library's stands for, in float64."""
-    base = layer.base_layer
-    if isinstance(base, bnb.nn.Linear4bit):
-        weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).double()
-    else:
-        scales = base.state.SCB if base.weight.SCB is None else base.weight.SCB
-        weight = base.weight.data.double() * scales.double()[:, None] / 127
-    plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, dtype=torch.float64)
-    plain.weight.data = weight
-    if base.bias is not None:
-        plain.bias.data = base.bias.data.double()
-    return plain.requires_grad_(False)
-
-
-def truth_of(model: nn.Module) -> nn.Module:
-    """PEFT in float64 around what the quantised weights stand for."""
-    truth = copy.deepcopy(model)
-    for layer in truth.modules():
-        if isinstance(layer, LoraLayer):
-            layer.base_layer = dequantised(layer)  # type: ignore[assignment]
-    return truth.double()
+# of blocks of 64 weights, as the library takes them
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 
 
 def assert_as_peft(ours: nn.Module, theirs: nn.Module, x: torch.Tensor, autocast: torch.dtype | None = None) -> None:
@@ -121,7 +63,7 @@ def moderate(model: nn.Module, rank: int, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     bits=st.sampled_from(BITS),
     double=st.booleans(),
