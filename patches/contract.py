@@ -115,12 +115,20 @@ class Counts:
         passed_on: Calls handed to the original forward, by reason.
         materialised: Times that real logits were built in a training step with labels, by the operation that asked.
         report: The report that shows them; every swapped class leads back to it.
+        rooms: Width of an input of adapted linears -> columns to leave beside it.
     """
 
     fused: Counter[str] = field(default_factory=Counter)
     passed_on: Counter[str] = field(default_factory=Counter)
     materialised: Counter[str] = field(default_factory=Counter)
     report: object = None
+    rooms: dict[int, int] = field(default_factory=dict)
+
+    def room(self, size: int) -> int:
+        """Columns to leave beside an output of that width: none where nothing trains, or in a graph of torch.compile."""
+        if not self.rooms or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return 0
+        return self.rooms.get(size, 0)
 
     def count(self, counter: Counter[str], name: str) -> None:
         """Count, unless torch.compile is tracing: a Python counter in a graph would force recompiles."""

@@ -18,19 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from automodel_accel.kernels.contract import Refusal
-from automodel_accel.kernels.linear import KERNEL, linears, reference
-from automodel_accel.kernels.lora import Adapter, Form, draw_mask, generator_at, generator_state
-from automodel_accel.kernels.recompute import region, remember, source_of
-from automodel_accel.patches import lora
+from automodel_accel.kernels.contract import AUTO, Refusal
+from automodel_accel.kernels.linear import KERNEL, features, linears
+from automodel_accel.kernels.lora import Adapter
+from automodel_accel.kernels.recompute import region, source_of
+from automodel_accel.patches import columns, lora
+from automodel_accel.patches import linear_proof as proof
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
-from automodel_accel.patches.probe import linear_of
-from automodel_accel.patches.retype import is_retyped, retype
+from automodel_accel.patches.retype import RESTORE, is_retyped, retype
 
 SHARED = "_accel_shared"  # on the linears: what they share while the module's forward runs, else None
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-SIZES = (16, 10, 14, 6)  # of the input and, by turns, of the outputs in a proof
-RANK, SCALE, DROPOUTS = 4, 0.5, (0.0, 0.5)  # of the adapters in a proof
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +117,8 @@ class LinearPatch:
         biases = tuple(lora.base_of(member).bias is not None for member in members)
         form = LinearForm(groups, biases, tuple(map(lora.is_adapted, members)), context.recompute is not None)
         paths = tuple(self._paths[id(module)] for module in (*members, *parents))
-        choices = context.choices(KERNEL, dtype, members[0].in_features)
+        asked = features(context.wanted != AUTO or any(map(lora.is_adapted, members)))
+        choices = context.choices(KERNEL, dtype, members[0].in_features, asked)
         return Claim(self.fusion, paths, form.label(), dtype, form, choices, part="linear")
 
     def keys(self, claim: Claim, device: str) -> list[CallKey]:
@@ -144,55 +143,10 @@ class LinearPatch:
         return keys
 
     def experiment(self, claim: Claim, module: nn.Module, key: CallKey, implementation: str) -> Experiment:
-        """Narrow linears of one input, as they are and swapped: those of one group, then again from an input with a source.
-
-        Adapters have no dropout first and some then, by the same random numbers. All values and their sums are few multiples of a
-        power of 2, which every dtype holds: on so few elements it would be chance whose rounding is nearer to the truth.
-        """
+        """See linear_proof.py."""
         form: LinearForm = claim.form  # type: ignore[assignment]
-        device, x_type, weight_type, autocast, low = key
-        inputs = {name: tensor.to(device) for name, tensor in _draw(form, low is not None).items()}
         layers = [module._modules[name] for names in form.groups for name in names] if form.groups else [module]
-        numbers, start = inputs["x"].device, generator_state(inputs["x"].device)
-
-        def theirs(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            with generator_at(start, numbers):
-                members = [member for p in DROPOUTS for member in _members(form, layers, leaves, p)]
-                return _total([member(leaves["x"]) for member in members])
-
-        def ours(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            noted = leaves["x"] * 1
-            remember(noted, lambda x: x * 1, leaves["x"])
-            outputs, counts = [], Counts()
-            with generator_at(start, numbers):
-                for dropout, x in zip(DROPOUTS, (leaves["x"], noted), strict=True):
-                    outputs += _shared_outputs(
-                        _members(form, layers, leaves, dropout), x, {key: implementation}, counts
-                    )
-            if counts.fused[self.fusion] != (2 if len(form.biases) > 1 or low else 1):
-                raise RuntimeError(f"the swapped linears did not take the fused path: {dict(counts.passed_on)}")
-            return _total(outputs)
-
-        def truth(leaves: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            outputs: list[torch.Tensor] = []
-            weights, biases = _parameters(form, leaves)
-            with generator_at(start, numbers):
-                for dropout in DROPOUTS:
-                    adapters = [_adapter(leaves, i, dropout) for i in range(len(form.biases))]
-                    masks = [None if one is None else draw_mask(leaves["x"].to(low), dropout) for one in adapters]
-                    products = reference.linears(leaves["x"], weights, biases, adapters=adapters, masks=masks)
-                    outputs += products
-            return _total(outputs)
-
-        dtypes = {name: low if name[0] in "ab" and name[1:].isdigit() else weight_type for name in inputs}
-        return Experiment(
-            inputs=inputs,
-            dtypes={**dtypes, "x": x_type},
-            theirs=theirs,
-            ours=ours,
-            truth=truth,
-            autocast=(x_type if x_type in LOW_PRECISION else torch.bfloat16) if autocast else None,
-        )
+        return proof.experiment(form, layers, key, implementation, _shared_outputs)
 
     def swap(self, claim: Claim, modules: list[nn.Module], proven: Proven, counts: Counts) -> None:
         """Re-type the linears, and the module whose forward they share."""
@@ -200,9 +154,25 @@ class LinearPatch:
         *members, parent = modules if form.groups else (*modules, None)
         for member in members:
             assert member is not None
-            retype(member, {"forward": _member_forward(type(member).forward, form.recompute, proven, counts)}, counts)
+            methods = {"forward": _member_forward(type(member).forward, form.recompute, proven, counts)}
+            if proof.TRITON in proven.values() and lora.is_adapted(member):
+                columns.allow(member, counts)
+                methods[RESTORE] = columns.disallow
+            retype(member, methods, counts)
+        if proof.TRITON in proven.values():
+            _leave_room(form, members, counts)
         if parent is not None:
             retype(parent, {"forward": parent_forward(type(parent).forward, form.groups)}, counts)
+
+
+def _leave_room(form: LinearForm, members: Sequence[Any], counts: Counts) -> None:
+    """Have the producers of these inputs leave room for what the adapters of each are given in one product."""
+    for names in form.groups or ((),):
+        group, members = (members[: len(names)], members[len(names) :]) if names else (members, ())
+        needed = sum(columns.width(member) for member in group if lora.is_adapted(member) and columns.is_allowed(member))
+        if needed:
+            size = group[0].in_features
+            counts.rooms[size] = max(counts.rooms.get(size, 0), needed)
 
 
 def _shared_outputs(members: list[nn.Module], x: torch.Tensor, proven: Proven, counts: Counts) -> list[torch.Tensor]:
@@ -298,7 +268,7 @@ def _member_forward(
         counts.count(counts.fused, LinearPatch.fusion)
         bases = [lora.base_of(member) for member in members]
         weights, biases = [base.weight for base in bases], [base.bias for base in bases]
-        adapters = [lora.adapter_of(member) if lora.is_adapted(member) else None for member in members]
+        adapters = _adapters(members, bases, proof.weight_is_computed(key) and implementation == proof.TRITON)
         output, *rest = linears(input, weights, biases, adapters=adapters, source=source, implementation=implementation)
         if shared is not None:
             shared.keep(members[1:], input, rest)
@@ -317,6 +287,18 @@ def _members_of_call(member: Any, shared: "Shared | None", x: torch.Tensor) -> t
         if place == list(key[:-1]) and (low is None or key[-1] in (None, low)):
             key, members = (*place, key[-1] or low), [*members, other]
     return key, members
+
+
+def _is_of_one_dtype(key: CallKey) -> bool:
+    """Whether the weights are in the dtype in which the products and the adapters are computed."""
+    device, x, weight, autocast, low = key
+    return weight is (torch.get_autocast_dtype(device) if autocast else x) and (autocast or low is weight)
+
+
+def _adapters(members: Sequence[Any], bases: Sequence[Any], beside: bool) -> list[Adapter | None]:
+    """What each of them adds, if anything; `beside`: with columns beside the weights, where they can have some."""
+    adapters = [lora.adapter_of(member) if lora.is_adapted(member) else None for member in members]
+    return columns.with_columns(bases, adapters) if beside else adapters
 
 
 def _is_needed_again(members: Sequence[Any]) -> bool:
@@ -354,49 +336,3 @@ def _shared_inputs(code: CodeType) -> Iterator[tuple[str, ...]]:
         if by_name and call.opname.startswith("CALL") and call.opname != "CALL_FUNCTION_KW" and call.arg == 1:
             called.setdefault(given.argval, {})[child.argval] = None
     yield from map(tuple, called.values())
-
-
-def _total(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A scalar that every element is in, by a weight of -1, 0 or 1, in the dtype of the outputs."""
-    joined = torch.cat([output.flatten() for output in outputs])
-    weights = torch.randint(-1, 2, joined.shape, generator=torch.Generator().manual_seed(1)).to(joined)
-    return (joined * weights).sum(dtype=torch.promote_types(joined.dtype, torch.float32)).to(joined.dtype)
-
-
-def _draw(form: LinearForm, adapters: bool) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, most: float = 1.0, steps: int = 1) -> torch.Tensor:
-        return torch.randint(-steps, steps + 1, shape, generator=generator, dtype=torch.float64) * (most / steps)
-
-    drawn = {"x": draw(2, 3, SIZES[0])}
-    for i, (has_bias, adapted) in enumerate(zip(form.biases, form.adapted, strict=True)):
-        width = SIZES[1 + i % (len(SIZES) - 1)]
-        drawn[f"weight{i}"] = draw(width, SIZES[0], most=0.5, steps=2)
-        if has_bias:
-            drawn[f"bias{i}"] = draw(width, steps=2)
-        if adapters and adapted:
-            drawn[f"a{i}"], drawn[f"b{i}"] = draw(RANK, SIZES[0]), draw(width, RANK, most=0.5)
-    return drawn
-
-
-def _parameters(
-    form: LinearForm, leaves: Mapping[str, torch.Tensor]
-) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    numbers = range(len(form.biases))
-    return [leaves[f"weight{i}"] for i in numbers], [leaves.get(f"bias{i}") for i in numbers]
-
-
-def _adapter(leaves: Mapping[str, torch.Tensor], i: int, dropout: float) -> Adapter | None:
-    return Adapter(leaves[f"a{i}"], leaves[f"b{i}"], Form(SCALE, dropout)) if f"a{i}" in leaves else None
-
-
-def _members(
-    form: LinearForm, layers: Sequence[Any], leaves: Mapping[str, torch.Tensor], dropout: float
-) -> list[nn.Module]:
-    """Linears with these tensors, and around them the class of each layer that is adapted, where there are adapters."""
-    bases = [linear_of(weight, bias) for weight, bias in zip(*_parameters(form, leaves), strict=True)]
-    return [
-        lora.example(layer, base, leaves[f"a{i}"], leaves[f"b{i}"], dropout, SCALE) if f"a{i}" in leaves else base
-        for i, (layer, base) in enumerate(zip(layers, bases, strict=True))
-    ]

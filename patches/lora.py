@@ -70,13 +70,15 @@ def adapter_of(layer: Any) -> Adapter:
     return Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight, Form(layer.scaling[name], probability))
 
 
-def example(layer: Any, base: nn.Linear, a: torch.Tensor, b: torch.Tensor, dropout: float, scale: float) -> nn.Module:
+def example(
+    layer: Any, base: nn.Linear, a: torch.Tensor, b: torch.Tensor, dropout: nn.Module, scale: float
+) -> nn.Module:
     """A layer of the same class with this base and one adapter, to be run in a proof."""
     parts: Mapping[str, nn.Module] = {
         "base_layer": base,
         "lora_A": nn.ModuleDict({NAME: linear_of(a, None)}),
         "lora_B": nn.ModuleDict({NAME: linear_of(b, None)}),
-        "lora_dropout": nn.ModuleDict({NAME: nn.Dropout(dropout)}),
+        "lora_dropout": nn.ModuleDict({NAME: dropout}),
     }
     copy = functional_copy(layer, {}, parts)
     copy.__class__ = original_class(layer)

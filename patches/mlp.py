@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from automodel_accel.kernels import activation as activation_package
 from automodel_accel.kernels import gated_linear as gated_package
+from automodel_accel.kernels import room
 from automodel_accel.kernels.activation import activation
 from automodel_accel.kernels.contract import Kernel, Refusal
 from automodel_accel.kernels.gated_linear import gated_linear
@@ -167,11 +168,16 @@ def _forward(module: nn.Module, form: MlpForm, proven: Proven, counts: Counts) -
             return _child(self, down)(_activate(form, projected))
         counts.count(counts.fused, "mlp")
         fused = functools.partial(_fused, form, implementation)
-        activated = fused(*projected)
+        activated = room.left(counts.room(_width(form, projected)), fused, *projected)
         remember(activated, fused, *projected)
         return _child(self, down)(activated)
 
     return forward
+
+
+def _width(form: MlpForm, projected: Sequence[torch.Tensor]) -> int:
+    """Of what is activated."""
+    return projected[0].shape[-1] // (2 if form.layout in LAYOUTS and len(projected) == 1 else 1)
 
 
 def _fused(form: MlpForm, implementation: str, *projected: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from automodel_accel.patches.quirks import OTHER_ACCELERATORS
 
 MODEL = "the model"  # the place whose dotted name is empty
 INSTANCE_STATE = "_accel_"  # prefix of attributes that a swapped forward may set on its instance
+RESTORE = "_accel_restore"  # a method that undoes what a swap did beside
 
 
 def retype(module: nn.Module, methods: Mapping[str, Callable[..., Any]], owner: object) -> None:
@@ -57,6 +58,8 @@ def owner_of(module: nn.Module) -> Any:
 def restore(module: nn.Module) -> None:
     """Give the module its original class back, however often it was re-typed."""
     if is_retyped(module):
+        if (undo := getattr(type(module), RESTORE, None)) is not None:
+            undo(module)
         module.__class__ = original_class(module)
         for name in [name for name in vars(module) if name.startswith(INSTANCE_STATE)]:
             delattr(module, name)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from automodel_accel.kernels.activation.fused import activate
 from automodel_accel.kernels.launch import cdiv
+from automodel_accel.kernels.room import empty_rows
 
 BLOCK = 1024
 WARPS = 4
@@ -26,6 +27,7 @@ def gated_linear_fwd_kernel(
     tiles_per_row,
     stride_gate,
     stride_up,
+    stride_y,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -37,7 +39,7 @@ def gated_linear_fwd_kernel(
     up = tl.load(UP + row * stride_up + cols, mask=in_row, other=0.0).to(tl.float32)
     activated, _ = activate(gate, ACTIVATION)
     y = activated.to(GATE.dtype.element_ty).to(tl.float32) * up
-    tl.store(Y + row * n_cols + cols, y.to(Y.dtype.element_ty), mask=in_row)
+    tl.store(Y + row * stride_y + cols, y.to(Y.dtype.element_ty), mask=in_row)
 
 
 @triton.jit
@@ -73,8 +75,8 @@ def gated_linear_bwd_kernel(
 
 def forward(gate_NF: torch.Tensor, up_NF: torch.Tensor, activation: str) -> torch.Tensor:
     """Return activation(gate) * up, [N, F]."""
-    y_NF = torch.empty(gate_NF.shape, dtype=gate_NF.dtype, device=gate_NF.device)
-    n_rows, n_cols = _rows_and_cols(gate_NF, up_NF)
+    y_NF = empty_rows(gate_NF.shape[0], gate_NF.shape[1], gate_NF.dtype, gate_NF.device)
+    n_rows, n_cols = _rows_and_cols(gate_NF, up_NF, y_NF)
     if y_NF.numel() == 0:
         return y_NF
     tiles_per_row = cdiv(n_cols, BLOCK)
@@ -86,6 +88,7 @@ def forward(gate_NF: torch.Tensor, up_NF: torch.Tensor, activation: str) -> torc
         tiles_per_row,
         gate_NF.stride(0),
         up_NF.stride(0),
+        y_NF.stride(0),
         ACTIVATION=activation,
         BLOCK=BLOCK,
         num_warps=WARPS,

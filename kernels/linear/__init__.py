@@ -14,20 +14,28 @@ Saved for backward: x or its source, and the weights; x only where a weight or a
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from automodel_accel.kernels import lora
-from automodel_accel.kernels.contract import AUTO, Kernel, implementation_module, in_torch
+from automodel_accel.kernels.contract import AUTO, Kernel, implementation_module, in_torch, in_triton
 from automodel_accel.kernels.linear import reference
 from automodel_accel.kernels.lora import Adapter
 from automodel_accel.kernels.recompute import Source
 
+PLAIN = "linears without adapters"
 KERNEL = Kernel(
     name="linear",
     reference=reference.linears,  # type: ignore[arg-type]  # several outputs
-    implementations=(in_torch("automodel_accel.kernels.linear.eager"),),
+    implementations=(
+        replace(
+            in_triton("automodel_accel.kernels.linear.fused"),
+            lacks={PLAIN: "computes what adapters add, and there are none"},
+        ),
+        in_torch("automodel_accel.kernels.linear.eager", features=frozenset({PLAIN})),
+    ),
 )
 FIRST = 4  # of the weights among the inputs
 
@@ -49,7 +57,7 @@ def linears(
         biases: [F_i] each, or None.
         adapters: One, or None, for each weight; all in one dtype, in which they are computed (in autocast's, where that is on).
         source: What x was computed from, to be saved in its place; see `source_of`.
-        implementation: "auto" or "torch".
+        implementation: "auto", "triton" (the adapters' part; the other products are torch's) or "torch".
 
     Returns:
         [..., F_i] for each weight.
@@ -68,10 +76,17 @@ def linears(
             )
         if adapter is not None and (problem := adapter.misfit(weight)):
             raise ValueError(f"linears: {problem}.")
-    implementation_module(KERNEL, x.device.type, x.dtype, x.shape[-1], implementation)
+    module = implementation_module(KERNEL, x.device.type, x.dtype, x.shape[-1], implementation)
+    if (outputs := module.together(x, weights, biases, adapters, source)) is not None:
+        return outputs  # type: ignore[no-any-return]
     forms = tuple(adapter and adapter.form for adapter in adapters)
     parts = ([adapter and adapter.a_RH for adapter in adapters], [adapter and adapter.b_FR for adapter in adapters])
     return _Linears.apply(source, implementation, forms, x, *weights, *biases, *parts[0], *parts[1])  # type: ignore[no-any-return, no-untyped-call]
+
+
+def features(adapted: bool) -> frozenset[str]:
+    """What linears ask of an implementation that is to be chosen for them, whether some have adapters or none."""
+    return frozenset() if adapted else frozenset({PLAIN})
 
 
 class _Linears(torch.autograd.Function):
@@ -81,11 +96,11 @@ class _Linears(torch.autograd.Function):
     def forward(
         ctx: Any, source: Source | None, implementation: str, forms: lora.Forms, x: torch.Tensor, *rest: Any
     ) -> Any:
-        weights, biases, a, b = _quarters(rest)
+        weights, biases, a, b = quarters(rest)
         module = implementation_module(KERNEL, x.device.type, x.dtype, x.shape[-1], implementation)
         p, starts, ctx.states = _low_rank(module.low_rank, x, biases, a, b, forms)
         outputs = module.forward(x, weights, biases, starts)
-        needs_weights, _, needs_a, _ = _quarters(ctx.needs_input_grad[FIRST:])
+        needs_weights, _, needs_a, _ = quarters(ctx.needs_input_grad[FIRST:])
         kept: tuple[torch.Tensor | None, ...] = (x,) if source is None else source.tensors
         kept = kept if any((*needs_weights, *needs_a)) else ()
         ctx.save_for_backward(*weights, *a, *b, *p, *kept)
@@ -104,10 +119,10 @@ class _Linears(torch.autograd.Function):
                 "apply(model, linear=False)."
             )
         saved = ctx.saved_tensors  # once: a checkpoint gives each tensor out once
-        weights, a, b, p = _quarters(saved[: 4 * ctx.count])
+        weights, a, b, p = quarters(saved[: 4 * ctx.count])
         needs_x, *needed = ctx.needs_input_grad[FIRST - 1 :]
         given = {i: grad.reshape(-1, grad.shape[-1]) for i, grad in enumerate(grad_outputs) if grad is not None}
-        needs = [[wanted and i in given for i, wanted in enumerate(part)] for part in _quarters(needed)]
+        needs = [[wanted and i in given for i, wanted in enumerate(part)] for part in quarters(needed)]
         x = None
         if any((*needs[0], *needs[2])):
             kept = saved[4 * ctx.count :]
@@ -125,7 +140,7 @@ class _Linears(torch.autograd.Function):
         return None, None, None, grad_x, *grad_weights, *grad_biases, *grads_a, *grads_b
 
 
-def _quarters(values: Sequence[Any]) -> list[Sequence[Any]]:
+def quarters(values: Sequence[Any]) -> list[Sequence[Any]]:
     """Of the weights, the biases, the A and the B."""
     size = len(values) // 4
     return [values[start : start + size] for start in range(0, 4 * size, size)] if size else [(), (), (), ()]

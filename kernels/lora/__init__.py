@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
+from automodel_accel.kernels.lora.extension import Extension
+
 Tensors = Sequence[torch.Tensor | None]
 
 
@@ -47,11 +49,13 @@ class Adapter:
         a_RH: [R, H].
         b_FR: [F, R], of a's dtype.
         form: How it is applied.
+        extension: Columns beside the weight, where it has some.
     """
 
     a_RH: torch.Tensor
     b_FR: torch.Tensor
     form: Form
+    extension: Extension | None = None
 
     def misfit(self, weight_FH: torch.Tensor) -> str | None:
         """Why this cannot be the adapter of a linear with that weight; None where it can."""

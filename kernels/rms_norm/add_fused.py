@@ -12,6 +12,7 @@ import triton.language as tl
 
 from automodel_accel.kernels.launch import next_power_of_2, persistent_programs, prefetch_stages, row_warps
 from automodel_accel.kernels.rms_norm.fused import sum_partials
+from automodel_accel.kernels.room import empty_rows
 
 PROGRAMS_PER_PROCESSOR = 2
 
@@ -28,6 +29,7 @@ def add_rms_norm_fwd_kernel(
     n_cols,
     stride_x,
     stride_residual,
+    stride_y,
     eps,
     offset,
     scale,
@@ -60,7 +62,7 @@ def add_rms_norm_fwd_kernel(
             if CAST_THEN_MUL:
                 y = y.to(H.dtype.element_ty).to(tl.float32)
             y = y * w
-        tl.store(Y + start * n_cols + cols, y.to(Y.dtype.element_ty), mask=in_row)
+        tl.store(Y + start * stride_y + cols, y.to(Y.dtype.element_ty), mask=in_row)
         tl.store(RSTD + row, rstd)
 
 
@@ -134,7 +136,7 @@ def forward(
     n_rows, n_cols = x_NH.shape
     h_dtype = torch.promote_types(x_NH.dtype, residual_NH.dtype)
     h_NH = torch.empty(n_rows, n_cols, dtype=h_dtype, device=x_NH.device)
-    y_NH = torch.empty(n_rows, n_cols, dtype=out_dtype, device=x_NH.device)
+    y_NH = empty_rows(n_rows, n_cols, out_dtype, x_NH.device)
     rstd_N = torch.empty(n_rows, dtype=torch.float32, device=x_NH.device)
     if n_rows == 0:
         return y_NH, h_NH, rstd_N
@@ -151,6 +153,7 @@ def forward(
         n_cols,
         x_NH.stride(0),
         residual_NH.stride(0),
+        y_NH.stride(0),
         eps,
         offset,
         scale,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from automodel_accel.kernels.launch import cdiv, next_power_of_2, persistent_programs, prefetch_stages, row_warps
+from automodel_accel.kernels.room import empty_rows
 
 PROGRAMS_PER_PROCESSOR = 2
 PARTIALS, PARTIAL_COLS = 64, 32  # tile of partial sums: four words of 16 bytes a thread
@@ -27,6 +28,7 @@ def rms_norm_fwd_kernel(
     n_rows,
     n_cols,
     stride_x,
+    stride_y,
     eps,
     offset,
     HAS_WEIGHT: tl.constexpr,
@@ -53,7 +55,7 @@ def rms_norm_fwd_kernel(
             if CAST_THEN_MUL:
                 y = y.to(X.dtype.element_ty).to(tl.float32)
             y = y * w
-        tl.store(Y + start * n_cols + cols, y.to(Y.dtype.element_ty), mask=in_row)
+        tl.store(Y + start * stride_y + cols, y.to(Y.dtype.element_ty), mask=in_row)
         tl.store(RSTD + row, rstd)
 
 
@@ -121,7 +123,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return y [N, H] in `out_dtype`, and rstd [N] in float32."""
     n_rows, n_cols = x_NH.shape
-    y_NH = torch.empty(n_rows, n_cols, dtype=out_dtype, device=x_NH.device)
+    y_NH = empty_rows(n_rows, n_cols, out_dtype, x_NH.device)
     rstd_N = torch.empty(n_rows, dtype=torch.float32, device=x_NH.device)
     if n_rows == 0:
         return y_NH, rstd_N
@@ -135,6 +137,7 @@ def forward(
         n_rows,
         n_cols,
         x_NH.stride(0),
+        y_NH.stride(0),
         eps,
         offset,
         HAS_WEIGHT=weight_H is not None,

@@ -120,6 +120,7 @@ from tests.ops.aot_cases_cross_entropy import CROSS_ENTROPY
 from tests.ops.aot_cases_experts import EXPERTS_CASES
 from tests.ops.aot_cases_gated_norm import GATED_NORM
 from tests.ops.aot_cases_layer_norm import LAYER_NORM
+from tests.ops.aot_cases_lora import LORA
 from tests.ops.aot_cases_qk_norm_rope import QK_NORM_ROPE
 from tests.ops.aot_cases_rope import ROPE
 
@@ -133,6 +134,7 @@ CASES: dict[str, list[AotCase]] = {
     "gated_norm": GATED_NORM,
     "layer_norm": LAYER_NORM,
     "linear_cross_entropy": LINEAR_CROSS_ENTROPY,
+    "lora": LORA,
     "qk_norm_rope": QK_NORM_ROPE,
     "rope": ROPE,
 }

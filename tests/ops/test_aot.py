@@ -17,6 +17,10 @@ PARTIAL_SUMS = ("rms_norm_bwd", "add_rms_norm_bwd", "layer_norm_bwd", "gated_rms
 SMALL_PRODUCTS = {
     *((f"{kernel}_kernel", "n_cols") for kernel in PARTIAL_SUMS),
     ("cross_entropy_kernel", "stride_weight"),
+    *(
+        (f"{kernel}_kernel", "n_cols") for kernel in ("project", "grad_a", "add_grad_input")
+    ),  # times a rank: the size of an A
+    *(("project_kernel", f"rank{i}") for i in range(3)),  # times the rows of a weight: the size of a B
     ("qk_norm_rope_bwd_kernel", "n_all_tokens"),  # how many tiles there are, each of at least a head
 }
 WIDEST = {"sm_80": 16, "sm_90": 16, "sm_100": 16, "gfx942": 8}  # twice the lanes share a row there

@@ -35,6 +35,7 @@ def operation(
     low: torch.dtype | None = None,
     noted: bool = False,
     linear_package: ModuleType = package,
+    widths: tuple[int, ...] = WIDTHS,
 ) -> checks.Operation:
     """Linears of one input, some with adapters in the dtype `low` (None: of the weights), all outputs in a row."""
     count = len(adapted)
@@ -45,9 +46,9 @@ def operation(
         def draw(*size: int, of: torch.dtype = dtype, scale: float = 1.0) -> torch.Tensor:
             return checks.normal(generator, size, torch.float32).mul_(scale).to(of)
 
-        weights = [draw(width, hidden, scale=hidden**-0.5) for width in WIDTHS[:count]]
-        vectors = [draw(width) if wanted else None for width, wanted in zip(WIDTHS[:count], biases)]
-        sizes = list(zip(WIDTHS, ranks, adapted, strict=False))
+        weights = [draw(width, hidden, scale=hidden**-0.5) for width in widths[:count]]
+        vectors = [draw(width) if wanted else None for width, wanted in zip(widths[:count], biases)]
+        sizes = list(zip(widths, ranks, adapted, strict=False))
         a = [draw(rank, hidden, of=low or dtype, scale=hidden**-0.5) if one else None for _, rank, one in sizes]
         b = [draw(width, rank, of=low or dtype) if one else None for width, rank, one in sizes]
         return draw(*shape), *weights, *vectors, *a, *b
@@ -156,9 +157,9 @@ def test_what_is_kept_does_not_depend_on_dropout() -> None:
     check_kept(package)
 
 
-def check_masks(linear_package: ModuleType) -> None:
+def check_masks(linear_package: ModuleType, rows: int = 400) -> None:
     """Each adapter drops elements of its own with its probability, the same in backward, and others in the next call."""
-    rows, hidden, probability = 400, 50, 0.2
+    hidden, probability = 50, 0.2
     ones, zeros = torch.ones(rows, hidden), torch.zeros(hidden, hidden)
     adapters = [
         Adapter(torch.eye(hidden).requires_grad_(), torch.eye(hidden), Form(1.0, probability)) for _ in range(2)

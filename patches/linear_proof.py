@@ -1,0 +1,205 @@
+"""How swapped linears are proved: narrow ones of one input, as they are and swapped, in each way in which a call can be computed.
+
+Adapters have no dropout first and some then: for torch's implementation by the random numbers that PEFT's own dropout takes, for
+Triton's, which draws others, by its masks put in the place of PEFT's dropout. All values and their sums are few multiples of a power
+of 2, which every dtype holds: on so few elements it would be chance whose rounding is nearer to the truth.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from automodel_accel.kernels import room
+from automodel_accel.kernels.linear import reference
+from automodel_accel.kernels.lora import Adapter, Form, draw_mask, generator_at, generator_state
+from automodel_accel.kernels.recompute import remember
+from automodel_accel.patches import columns, lora
+from automodel_accel.patches.contract import CallKey, Counts, Experiment, Proven
+from automodel_accel.patches.probe import linear_of
+
+TRITON = "triton"
+SIZES = (16, 10, 14, 6)  # of the input and, by turns, of the outputs
+ROOM = 64  # columns: of more adapters of that rank than linears share an input
+RANK, SCALE = 4, 0.5
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+Leaves = Mapping[str, torch.Tensor]
+# members that share an input, the input, what was proved, counts -> their outputs
+Swapped = Callable[[list[nn.Module], torch.Tensor, Proven, Counts], list[torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way in which a call is computed.
+
+    Attributes:
+        dropout: Of the adapters.
+        noted: From an input with a source.
+        wide: Of frozen weights with columns beside them, from an input with room.
+    """
+
+    dropout: float
+    noted: bool = False
+    wide: bool = False
+
+
+PLAIN, NOTED, WIDE = Way(0.0), Way(0.5, noted=True), Way(0.5, wide=True)
+
+
+def experiment(form: Any, layers: Sequence[Any], key: CallKey, implementation: str, swapped: Swapped) -> Experiment:
+    """The linears `layers` (those of the form's groups in order, or one alone) by one implementation."""
+    device, x_type, weight_type, autocast, low = key
+    inputs = {name: tensor.to(device) for name, tensor in _draw(form, low is not None).items()}
+    numbers, state = inputs["x"].device, generator_state(inputs["x"].device)
+    in_triton = implementation == TRITON and low is not None and (autocast or low is x_type)
+    ways = (PLAIN, NOTED, WIDE) if in_triton and weight_is_computed(key) else (PLAIN, NOTED)
+
+    def theirs(leaves: Leaves) -> torch.Tensor:
+        drawn, outputs = _masks(form, ways, in_triton, leaves["x"].detach(), state), []
+        with generator_at(state, numbers):
+            for way, masks in zip(ways, drawn, strict=True):
+                dropouts = [nn.Dropout(way.dropout) if mask is None else _Given(mask, way.dropout) for mask in masks]
+                outputs += [member(leaves["x"]) for member in _members(form, layers, leaves, way, dropouts)]
+            return _total(outputs)
+
+    def ours(leaves: Leaves) -> torch.Tensor:
+        counts = Counts()
+        with generator_at(state, numbers):
+            outputs = [output for way in ways for output in run(way, leaves, counts)]
+        if counts.fused["linear"] != (len(ways) if len(form.biases) > 1 or low else 1):
+            raise RuntimeError(f"the swapped linears did not take the fused path: {dict(counts.passed_on)}")
+        return _total(outputs)
+
+    def run(way: Way, leaves: Leaves, counts: Counts) -> list[torch.Tensor]:
+        members = _members(form, layers, leaves, way, [nn.Dropout(way.dropout)] * len(form.biases))
+        adapted = [member for member in members if lora.is_adapted(member)]
+        for member in adapted if way.wide else ():
+            columns.allow(member, None)
+        outputs = swapped(members, _input(leaves["x"], way), {key: implementation}, counts)
+        if way.wide and not all(columns.has_columns(member) for member in adapted):
+            raise RuntimeError("the swapped linears have no columns for their adapters")
+        return outputs
+
+    def truth(leaves: Leaves) -> torch.Tensor:
+        outputs: list[torch.Tensor] = []
+        drawn = _masks(form, ways, in_triton, leaves["x"].detach(), state)
+        with generator_at(state, numbers):
+            for way, given in zip(ways, drawn, strict=True):
+                weights, biases = _parameters(form, leaves, way)
+                adapters = [_adapter(leaves, i, way.dropout) for i in range(len(form.biases))]
+                masks = [
+                    draw_mask(leaves["x"].to(low), way.dropout) if adapter and mask is None else mask
+                    for adapter, mask in zip(adapters, given, strict=True)
+                ]
+                outputs += reference.linears(leaves["x"], weights, biases, adapters=adapters, masks=masks)
+        return _total(outputs)
+
+    dtypes = {name: low if name[0] in "ab" and name[1:].isdigit() else weight_type for name in inputs}
+    return Experiment(
+        inputs=inputs,
+        dtypes={**dtypes, "x": x_type},
+        theirs=theirs,
+        ours=ours,
+        truth=truth,
+        autocast=(x_type if x_type in LOW_PRECISION else torch.bfloat16) if autocast else None,
+    )
+
+
+def weight_is_computed(key: CallKey) -> bool:
+    """Whether the weights are in the dtype in which products and adapters are computed, so that B can stand beside them."""
+    device, x, weight, autocast, low = key
+    return weight is (torch.get_autocast_dtype(device) if autocast else x) and (autocast or low is weight)
+
+
+class _Given(nn.Module):
+    """Dropout by a mask that was drawn before."""
+
+    def __init__(self, mask: torch.Tensor, probability: float) -> None:
+        super().__init__()
+        self.mask, self.probability = mask, probability
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As nn.Dropout."""
+        return x * self.mask.to(x.dtype) / (1 - self.probability)
+
+
+def _masks(
+    form: Any, ways: Sequence[Way], in_triton: bool, x: torch.Tensor, state: torch.Tensor
+) -> list[list[torch.Tensor | None]]:
+    """For each way and each linear the mask that Triton's kernels will draw; None where torch draws one, or nobody."""
+    none: list[torch.Tensor | None] = [None] * len(form.biases)
+    if not in_triton:
+        return [none for _ in ways]
+    from automodel_accel.kernels.lora import fused  # needs Triton
+
+    drawn = []
+    with generator_at(state, x.device):
+        for way in ways:
+            seed = fused.draw_seed(x.device) if way.dropout else 0
+            of_way = [
+                fused.mask(x, i, way.dropout, seed) if one and seed else None for i, one in enumerate(form.adapted)
+            ]
+            drawn.append(of_way)
+    return drawn
+
+
+def _total(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A scalar that every element is in, by a weight of -1, 0 or 1, in the dtype of the outputs."""
+    joined = torch.cat([output.flatten() for output in outputs])
+    weights = torch.randint(-1, 2, joined.shape, generator=torch.Generator().manual_seed(1)).to(joined)
+    return (joined * weights).sum(dtype=torch.promote_types(joined.dtype, torch.float32)).to(joined.dtype)
+
+
+def _draw(form: Any, adapters: bool) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, most: float = 1.0, steps: int = 1) -> torch.Tensor:
+        return torch.randint(-steps, steps + 1, shape, generator=generator, dtype=torch.float64) * (most / steps)
+
+    drawn = {"x": draw(2, 3, SIZES[0])}
+    for i, (has_bias, adapted) in enumerate(zip(form.biases, form.adapted, strict=True)):
+        width = SIZES[1 + i % (len(SIZES) - 1)]
+        drawn[f"weight{i}"] = draw(width, SIZES[0], most=0.5, steps=2)
+        if has_bias:
+            drawn[f"bias{i}"] = draw(width, steps=2)
+        if adapters and adapted:
+            drawn[f"a{i}"], drawn[f"b{i}"] = draw(RANK, SIZES[0]), draw(width, RANK, most=0.5)
+    return drawn
+
+
+def _parameters(form: Any, leaves: Leaves, way: Way) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    numbers = range(len(form.biases))
+    weights = [leaves[f"weight{i}"] for i in numbers]
+    if way.wide:
+        weights = [nn.Parameter(weight.detach().clone(), requires_grad=False) for weight in weights]
+    return weights, [leaves.get(f"bias{i}") for i in numbers]
+
+
+def _input(x: torch.Tensor, way: Way) -> torch.Tensor:
+    """x, or the same values with what the way asks for noted on them."""
+    if way.noted:
+        x = x * 1
+        remember(x, lambda source: source * 1, x)
+    if way.wide:
+        x = F.pad(x, (0, ROOM))[..., : x.shape[-1]]
+        room.mark(x)
+    return x
+
+
+def _adapter(leaves: Leaves, i: int, dropout: float) -> Adapter | None:
+    return Adapter(leaves[f"a{i}"], leaves[f"b{i}"], Form(SCALE, dropout)) if f"a{i}" in leaves else None
+
+
+def _members(
+    form: Any, layers: Sequence[Any], leaves: Leaves, way: Way, dropouts: Sequence[nn.Module]
+) -> list[nn.Module]:
+    """Linears with these tensors, and around them the class of each layer that is adapted, where there are adapters."""
+    bases = [linear_of(weight, bias) for weight, bias in zip(*_parameters(form, leaves, way), strict=True)]
+    return [
+        lora.example(layer, base, leaves[f"a{i}"], leaves[f"b{i}"], dropouts[i], SCALE) if f"a{i}" in leaves else base
+        for i, (layer, base) in enumerate(zip(layers, bases, strict=True))
+    ]
