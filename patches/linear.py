@@ -169,7 +169,9 @@ def _leave_room(form: LinearForm, members: Sequence[Any], counts: Counts) -> Non
     """Have the producers of these inputs leave room for what the adapters of each are given in one product."""
     for names in form.groups or ((),):
         group, members = (members[: len(names)], members[len(names) :]) if names else (members, ())
-        needed = sum(columns.width(member) for member in group if lora.is_adapted(member) and columns.is_allowed(member))
+        needed = sum(
+            columns.width(member) for member in group if lora.is_adapted(member) and columns.is_allowed(member)
+        )
         if needed:
             size = group[0].in_features
             counts.rooms[size] = max(counts.rooms.get(size, 0), needed)

@@ -290,7 +290,9 @@ def _draw(count: int) -> dict[str, torch.Tensor]:
 def _examples(layers: Sequence[Any], leaves: Leaves, dropout: float) -> list[nn.Module]:
     """Layers of PEFT's class around linears with these tensors."""
     return [
-        lora.example(layer, linear_of(leaves[f"weight{i}"], None), leaves[f"a{i}"], leaves[f"b{i}"], dropout, SCALE)
+        lora.example(
+            layer, linear_of(leaves[f"weight{i}"], None), leaves[f"a{i}"], leaves[f"b{i}"], nn.Dropout(dropout), SCALE
+        )
         for i, layer in enumerate(layers)
     ]
 
