@@ -22,6 +22,7 @@ class AccelConfig:
         residual: Residual sum and norm in one kernel: "auto", "triton", "torch", False.
         loss: The loss without logits: "auto", "triton", "torch", False.
         linear: Linears of one input in one node of autograd: "auto", "torch", False.
+        quantised: LoRA around 4-bit and 8-bit linears of bitsandbytes: "auto", "torch", False.
         recompute: What is computed again in backward instead of kept: None (nothing), "selective" (outputs of norms and of
             activations, in about 1 % of the time), "mlp" (each MLP as a whole as well) or "full" (each layer).
         strict: Turn an explicit request that is refused into a `RefusedError`. Without it the refusal is logged and reported.
@@ -39,6 +40,7 @@ class AccelConfig:
     residual: str | bool = AUTO
     loss: str | bool = AUTO
     linear: str | bool = AUTO
+    quantised: str | bool = AUTO
     recompute: str | None = None
     strict: bool = False
 

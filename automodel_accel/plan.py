@@ -24,11 +24,12 @@ def all_patches() -> tuple[Patch, ...]:
     from automodel_accel.patches.loss import LossPatch
     from automodel_accel.patches.mlp import MlpPatch
     from automodel_accel.patches.norm import NormPatch
+    from automodel_accel.patches.quantised import QuantisedPatch
     from automodel_accel.patches.residual import ResidualPatch
     from automodel_accel.patches.rope import RopePatch
 
     first = (NormPatch(), MlpPatch(), ExpertsPatch(), RopePatch(), AttentionPatch(), LossPatch(), ResidualPatch())
-    return *first, LinearPatch()
+    return *first, LinearPatch(), QuantisedPatch()
 
 
 @dataclass(frozen=True, slots=True)

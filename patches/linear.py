@@ -162,14 +162,16 @@ class LinearPatch:
         if proof.TRITON in proven.values():
             _leave_room(form, members, counts)
         if parent is not None:
-            retype(parent, {"forward": _parent_forward(type(parent).forward, form.groups)}, counts)
+            retype(parent, {"forward": parent_forward(type(parent).forward, form.groups)}, counts)
 
 
 def _leave_room(form: LinearForm, members: Sequence[Any], counts: Counts) -> None:
     """Have the producers of these inputs leave room for what the adapters of each are given in one product."""
     for names in form.groups or ((),):
         group, members = (members[: len(names)], members[len(names) :]) if names else (members, ())
-        needed = sum(columns.width(member) for member in group if lora.is_adapted(member) and columns.is_allowed(member))
+        needed = sum(
+            columns.width(member) for member in group if lora.is_adapted(member) and columns.is_allowed(member)
+        )
         if needed:
             size = group[0].in_features
             counts.rooms[size] = max(counts.rooms.get(size, 0), needed)
@@ -180,11 +182,11 @@ def _shared_outputs(members: list[nn.Module], x: torch.Tensor, proven: Proven, c
     names = tuple(map(str, range(len(members))))
     for member in members:
         retype(member, {"forward": _member_forward(type(member).forward, True, proven, counts)}, None)
-    with _Sharing(dict(zip(names, members, strict=True)), (names,)):
+    with Sharing(dict(zip(names, members, strict=True)), (names,)):
         return [member(x) for member in members]
 
 
-class _Sharing:
+class Sharing:
     """While entered, the linears of each group know one another."""
 
     def __init__(self, children: Mapping[str, nn.Module | None], groups: tuple[tuple[str, ...], ...]) -> None:
@@ -195,7 +197,7 @@ class _Sharing:
 
     def __enter__(self) -> None:
         for members in self._members:
-            shared = _Shared(members)
+            shared = Shared(members)
             for member in members:
                 vars(member)[SHARED] = shared
 
@@ -205,7 +207,7 @@ class _Sharing:
                 vars(member)[SHARED] = None
 
 
-class _Shared:
+class Shared:
     """The results for one input that were computed before somebody asked for them."""
 
     def __init__(self, members: list[nn.Module]) -> None:
@@ -225,12 +227,14 @@ class _Shared:
         self._outputs = dict(zip(members, outputs, strict=True))
 
 
-def _parent_forward(original: Callable[..., Any], groups: tuple[tuple[str, ...], ...]) -> Callable[..., Any]:
+def parent_forward(original: Callable[..., Any], groups: tuple[tuple[str, ...], ...]) -> Callable[..., Any]:
+    """The forward of a module whose children share inputs."""
+
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return original(self, *args, **kwargs)
-        with _Sharing(self._modules, groups):
+        with Sharing(self._modules, groups):
             return original(self, *args, **kwargs)
 
     return forward
@@ -245,7 +249,7 @@ def _member_forward(
         if not plain or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return original(self, *args, **kwargs)
         input: torch.Tensor = args[0]
-        shared: _Shared | None = vars(self).get(SHARED)
+        shared: Shared | None = vars(self).get(SHARED)
         shared = shared if shared is not None and shared.region == region() else None
         if shared is not None and (output := shared.take(self, input)) is not None:
             return output
@@ -275,7 +279,7 @@ def _member_forward(
     return forward
 
 
-def _members_of_call(member: Any, shared: "_Shared | None", x: torch.Tensor) -> tuple[CallKey, list[Any]]:
+def _members_of_call(member: Any, shared: "Shared | None", x: torch.Tensor) -> tuple[CallKey, list[Any]]:
     """The key of a call, and the linears that are computed in it: those that share x, and whose keys go together."""
     key, members = _call_key(member, x), [member]
     for other in shared.members if shared is not None else ():

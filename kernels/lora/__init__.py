@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from automodel_accel.kernels.lora.extension import Extension
 
@@ -82,8 +81,9 @@ def cast(tensors: Tensors, dtype: torch.dtype) -> list[torch.Tensor | None]:
 def draw_mask(x: torch.Tensor, probability: float) -> torch.Tensor:
     """1 where torch's dropout of x would keep an element, else 0, by the next random numbers of x's device."""
     # of new memory: on a GPU which numbers an element takes depends on how the memory is aligned
-    ones = torch.ones(x.shape, dtype=x.dtype, device=x.device)
-    return F.dropout(ones, probability, inplace=True).clamp_(max=1)
+    if x.numel() == 0 or probability in (0, 1):  # torch draws nothing then
+        return torch.full(x.shape, 1 - probability, dtype=x.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - probability)
 
 
 def generator_state(device: torch.device) -> torch.Tensor:
