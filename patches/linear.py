@@ -217,6 +217,10 @@ class Shared:
         self._version = 0
         self._outputs: dict[nn.Module, torch.Tensor] = {}
 
+    def behind(self, member: nn.Module) -> list[nn.Module]:
+        """Those that are called after it."""
+        return self.members[self.members.index(member) + 1 :]
+
     def take(self, member: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """The member's result for this very tensor, as it is now."""
         return self._outputs.pop(member, None) if self._x is x and self._version == x._version else None
@@ -232,7 +236,7 @@ def parent_forward(original: Callable[..., Any], groups: tuple[tuple[str, ...], 
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or self.training):
             return original(self, *args, **kwargs)
         with Sharing(self._modules, groups):
             return original(self, *args, **kwargs)
@@ -243,10 +247,14 @@ def parent_forward(original: Callable[..., Any], groups: tuple[tuple[str, ...], 
 def _member_forward(
     original: Callable[..., Any], recompute: bool, proven: Proven, counts: Counts
 ) -> Callable[..., Any]:
+    masks_of_its_own = proof.TRITON in proven.values()
+
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plain = len(args) == 1 and not kwargs and type(args[0]) is torch.Tensor
-        if not plain or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        # a reentrant checkpoint runs without gradients first, and must drop what is dropped when it runs again
+        recorded = torch.is_grad_enabled() or (masks_of_its_own and lora.is_adapted(self) and lora.drops(self))
+        if not plain or torch.compiler.is_compiling() or not recorded:
             return original(self, *args, **kwargs)
         input: torch.Tensor = args[0]
         shared: Shared | None = vars(self).get(SHARED)
@@ -282,19 +290,13 @@ def _member_forward(
 def _members_of_call(member: Any, shared: "Shared | None", x: torch.Tensor) -> tuple[CallKey, list[Any]]:
     """The key of a call, and the linears that are computed in it: those that share x, and whose keys go together."""
     key, members = _call_key(member, x), [member]
-    for other in shared.members if shared is not None else ():
-        if other is member or (lora.is_adapted(other) and (not other.training or lora.objection(other) is not None)):
-            continue
+    for other in shared.behind(member) if shared is not None else ():
+        if lora.is_adapted(other) and (not other.training or lora.objection(other) is not None):
+            break  # PEFT draws its masks next
         *place, low = _call_key(other, x)
         if place == list(key[:-1]) and (low is None or key[-1] in (None, low)):
             key, members = (*place, key[-1] or low), [*members, other]
     return key, members
-
-
-def _is_of_one_dtype(key: CallKey) -> bool:
-    """Whether the weights are in the dtype in which the products and the adapters are computed."""
-    device, x, weight, autocast, low = key
-    return weight is (torch.get_autocast_dtype(device) if autocast else x) and (autocast or low is weight)
 
 
 def _adapters(members: Sequence[Any], bases: Sequence[Any], beside: bool) -> list[Adapter | None]:

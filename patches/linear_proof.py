@@ -140,8 +140,10 @@ def _masks(
     with generator_at(state, x.device):
         for way in ways:
             seed = fused.draw_seed(x.device) if way.dropout else 0
+            lots = [sum(form.adapted[:i]) for i in range(len(form.adapted))]
             of_way = [
-                fused.mask(x, i, way.dropout, seed) if one and seed else None for i, one in enumerate(form.adapted)
+                fused.mask(x, lot, way.dropout, seed) if adapted and seed else None
+                for lot, adapted in zip(lots, form.adapted, strict=True)
             ]
             drawn.append(of_way)
     return drawn

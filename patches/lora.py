@@ -53,7 +53,14 @@ def objection(layer: Any) -> str | None:
         return f"its adapter's weights are {type(a.weight).__name__}s"
     if not getattr(layer, "cast_input_dtype_enabled", True):
         return "it may not cast its input"
+    if a.weight.device != layer.base_layer.weight.device:
+        return f"its adapter is on {a.weight.device}, its base on {layer.base_layer.weight.device}"
     return None
+
+
+def drops(layer: Any) -> bool:
+    """Whether a call drops elements of its input, and is the sum of its base and of one low-rank product."""
+    return layer.training and objection(layer) is None and adapter_of(layer).form.dropout > 0
 
 
 def dtype_of_adapter(layer: Any) -> torch.dtype:

@@ -249,7 +249,7 @@ def _going_along(layer: Any, shared: Shared | None, x: torch.Tensor, key: CallKe
     """Those behind the layer that are computed in the same call; up to one that is not, for random numbers are drawn in order."""
     if shared is None:
         return []
-    behind = shared.members[shared.members.index(layer) + 1 :]
+    behind = shared.behind(layer)
     alike = (other.training and lora.objection(other) is None and _call_key(other, x) == key for other in behind)
     return [other for other, _ in itertools.takewhile(lambda pair: pair[1], zip(behind, alike, strict=True))]
 

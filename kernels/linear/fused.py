@@ -232,8 +232,8 @@ def _placed(adapters: Sequence[Adapter | None], weights: Sequence[torch.Tensor])
     if not fit:
         wide, starts = {}, [sum(widths[:k]) for k in range(len(widths))]
     placed = [
-        Placed(i, adapter.a_RH, adapter.b_FR, adapter.form, start, wide.get(i))
-        for (i, adapter), start in zip(found, starts, strict=True)
+        Placed(i, lot, adapter.a_RH, adapter.b_FR, adapter.form, start, wide.get(i))
+        for lot, ((i, adapter), start) in enumerate(zip(found, starts, strict=True))
     ]
     return placed, columns
 

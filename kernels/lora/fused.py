@@ -41,7 +41,8 @@ class Placed:
     """An adapter of a call.
 
     Attributes:
-        number: Of the linear in its call; its masks are drawn by it.
+        number: Of the linear in its call.
+        lot: Its own number among the adapters of the call, by which its masks are drawn.
         a_RH, b_FR: Its parameters, of any floating point dtype.
         form: How it is applied.
         start: Its first column in p.
@@ -49,6 +50,7 @@ class Placed:
     """
 
     number: int
+    lot: int
     a_RH: torch.Tensor
     b_FR: torch.Tensor
     form: Form
@@ -168,8 +170,8 @@ def add_grad_input(dx_NH: torch.Tensor, dp_NC: torch.Tensor, group: Group, seed:
         )
 
 
-def mask(x: torch.Tensor, number: int, dropout: float, seed: int) -> torch.Tensor:
-    """m of the adapter of that number, 0 or 1, of x's shape and dtype: what the kernels draw and never write."""
+def mask(x: torch.Tensor, lot: int, dropout: float, seed: int) -> torch.Tensor:
+    """m of the adapter of that lot, 0 or 1, of x's shape and dtype: what the kernels draw and never write."""
     drawn = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     n_rows, n_cols = x.shape[:-1].numel(), x.shape[-1]
     mask_kernel[(cdiv(n_rows, TILE), cdiv(n_cols, TILE))](
@@ -178,8 +180,8 @@ def mask(x: torch.Tensor, number: int, dropout: float, seed: int) -> torch.Tenso
         n_cols,
         dropout,
         seed,
-        WORD=number % TOGETHER,
-        FIRST=number // TOGETHER,
+        WORD=lot % TOGETHER,
+        FIRST=lot // TOGETHER,
         ROWS=TILE,
         COLS=TILE,
         num_warps=WARPS,
@@ -190,8 +192,8 @@ def mask(x: torch.Tensor, number: int, dropout: float, seed: int) -> torch.Tenso
 
 def _launches(group: Group) -> Iterator[tuple[int, list[Placed | None], dict[str, Any]]]:
     """The adapters by launches, each at the place of its word, and what is constant in a launch."""
-    for chunk in sorted({one.number // TOGETHER for one in group}):
-        own = {one.number % TOGETHER: one for one in group if one.number // TOGETHER == chunk}
+    for chunk in sorted({one.lot // TOGETHER for one in group}):
+        own = {one.lot % TOGETHER: one for one in group if one.lot // TOGETHER == chunk}
         slots = [own.get(word) for word in range(max(own) + 1)]
         yield (
             chunk,

@@ -29,7 +29,7 @@ Counted = TypeVar("Counted")
 
 TORCH_ATTENTION = {"attention": False}  # else the fastest one here is chosen, which need not be the same twice
 TRITON: dict[str, Any] = {
-    **dict.fromkeys(("norm", "mlp", "rope", "residual"), "triton"),
+    **dict.fromkeys(("norm", "mlp", "rope", "residual", "linear"), "triton"),
     **TORCH_ATTENTION,
     "loss": False,  # no part of a layer
     "strict": True,

@@ -18,6 +18,7 @@ def _lora(dtype: torch.dtype, hidden: int, rank: int, count: int = 3, dropout: f
     group = [
         fused.Placed(
             i,
+            i,
             torch.ones(rank, hidden),
             torch.ones(1024, rank),
             Form(2.0, dropout),

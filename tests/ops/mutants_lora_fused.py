@@ -40,8 +40,8 @@ VALUES = (
     ),
     Mutant(
         LAUNCHES,
-        "sorted({one.number // TOGETHER for one in group})",
-        "sorted({one.number // TOGETHER for one in group})[:1]",
+        "sorted({one.lot // TOGETHER for one in group})",
+        "sorted({one.lot // TOGETHER for one in group})[:1]",
         "a fourth adapter is left out",
     ),
     Mutant(

@@ -88,7 +88,10 @@ def made(
         weights, vectors, adapters = parts(rest, x)
         torch.manual_seed(0)
         seed = fused.draw_seed(x.device)
-        masks = [fused.mask(x.detach().float(), i, p, seed) if p else None for i, p in enumerate(dropout[:count])]
+        lots = [sum(adapted[:i]) for i in range(count)]
+        masks = [
+            fused.mask(x.detach().float(), *at, seed) if at[1] else None for at in zip(lots, dropout, strict=False)
+        ]
         return joined(reference.linears(x, weights, vectors, adapters=adapters, masks=masks))
 
     return checks.Operation(ours=ours, theirs=theirs, inputs=inputs)
