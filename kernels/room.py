@@ -55,7 +55,7 @@ def mark(output: torch.Tensor) -> None:
 
 
 def beside(x: torch.Tensor) -> int:
-    """Free columns beside each row of this very tensor: 0 where it is not marked."""
+    """Free columns beside each row of this very tensor: 0 where it is not marked, or is a single row, which shows no stride."""
     if not getattr(x, MARK, False):
         return 0
     columns = x.stride(-2) - x.shape[-1]

@@ -133,7 +133,6 @@ def _count_launches(model: PreTrainedModel) -> dict[str, Counter[str]]:
 
 def _count_saved(model: PreTrainedModel) -> int:
     input_ids = torch.arange(TOKENS)[None] % FEW_WORDS
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}  # holds the tensors, so that no address is used twice
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -144,6 +143,7 @@ def _count_saved(model: PreTrainedModel) -> int:
 
     inputs = {"input_ids": input_ids, "labels": input_ids, "use_cache": False}
     model(**inputs)  # what is measured or built once, such as the choice of an attention, is not counted
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}  # columns moved some
     with saved_tensors_hooks(pack, lambda x: x):
         model(**inputs)
     return sum(x.untyped_storage().nbytes() for x in kept.values())
