@@ -244,17 +244,21 @@ def parent_forward(original: Callable[..., Any], groups: tuple[tuple[str, ...], 
     return forward
 
 
+def is_served(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], in_triton: bool) -> bool:
+    """Whether a call is one of a training step: with one plain tensor, outside of torch.compile, and where gradients are recorded."""
+    if len(args) != 1 or kwargs or type(args[0]) is not torch.Tensor or torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or (hasattr(layer, "lora_A") and lora.draws_here(layer, args[0], in_triton))
+
+
 def _member_forward(
     original: Callable[..., Any], recompute: bool, proven: Proven, counts: Counts
 ) -> Callable[..., Any]:
-    masks_of_its_own = proof.TRITON in proven.values()
+    in_triton = proof.TRITON in proven.values()
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plain = len(args) == 1 and not kwargs and type(args[0]) is torch.Tensor
-        # a reentrant checkpoint runs without gradients first, and must drop what is dropped when it runs again
-        recorded = torch.is_grad_enabled() or (masks_of_its_own and lora.is_adapted(self) and lora.drops(self))
-        if not plain or torch.compiler.is_compiling() or not recorded:
+        if not is_served(self, args, kwargs, in_triton):
             return original(self, *args, **kwargs)
         input: torch.Tensor = args[0]
         shared: Shared | None = vars(self).get(SHARED)

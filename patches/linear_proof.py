@@ -1,7 +1,7 @@
 """How swapped linears are proved: narrow ones of one input, as they are and swapped, in each way in which a call can be computed.
 
-Adapters have no dropout first and some then: for torch's implementation by the random numbers that PEFT's own dropout takes, for
-Triton's, which draws others, by its masks put in the place of PEFT's dropout. All values and their sums are few multiples of a power
+Adapters have no dropout first and some then: by the random numbers that PEFT's own dropout takes, or where others are drawn (by
+Triton, and on a GPU) with these masks put in the place of PEFT's dropout. All values and their sums are few multiples of a power
 of 2, which every dtype holds: on so few elements it would be chance whose rounding is nearer to the truth.
 """
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from automodel_accel.kernels import room
 from automodel_accel.kernels.linear import reference
-from automodel_accel.kernels.lora import Adapter, Form, draw_mask, generator_at, generator_state
+from automodel_accel.kernels.lora import Adapter, Form, draw_mask, generator_at, generator_state, masks_are_torchs
 from automodel_accel.kernels.recompute import remember
 from automodel_accel.patches import columns, lora
 from automodel_accel.patches.contract import CallKey, Counts, Experiment, Proven
@@ -59,10 +59,12 @@ def experiment(form: Any, layers: Sequence[Any], key: CallKey, implementation: s
     ways = (PLAIN, NOTED, WIDE) if in_triton and weight_is_computed(key) else (PLAIN, NOTED)
 
     def theirs(leaves: Leaves) -> torch.Tensor:
-        drawn, outputs = _masks(form, ways, in_triton, leaves["x"].detach(), state), []
+        drawn, outputs = _masks(form, ways, key, in_triton, leaves["x"].detach(), state), []
         with generator_at(state, numbers):
             for way, masks in zip(ways, drawn, strict=True):
-                dropouts = [nn.Dropout(way.dropout) if mask is None else _Given(mask, way.dropout) for mask in masks]
+                dropouts = [
+                    nn.Dropout(way.dropout) if mask is None else lora.Given(mask, way.dropout) for mask in masks
+                ]
                 outputs += [member(leaves["x"]) for member in _members(form, layers, leaves, way, dropouts)]
             return _total(outputs)
 
@@ -86,7 +88,7 @@ def experiment(form: Any, layers: Sequence[Any], key: CallKey, implementation: s
 
     def truth(leaves: Leaves) -> torch.Tensor:
         outputs: list[torch.Tensor] = []
-        drawn = _masks(form, ways, in_triton, leaves["x"].detach(), state)
+        drawn = _masks(form, ways, key, in_triton, leaves["x"].detach(), state)
         with generator_at(state, numbers):
             for way, given in zip(ways, drawn, strict=True):
                 weights, biases = _parameters(form, leaves, way)
@@ -115,38 +117,29 @@ def weight_is_computed(key: CallKey) -> bool:
     return weight is (torch.get_autocast_dtype(device) if autocast else x) and (autocast or low is weight)
 
 
-class _Given(nn.Module):
-    """Dropout by a mask that was drawn before."""
-
-    def __init__(self, mask: torch.Tensor, probability: float) -> None:
-        super().__init__()
-        self.mask, self.probability = mask, probability
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As nn.Dropout."""
-        return x * self.mask.to(x.dtype) / (1 - self.probability)
-
-
 def _masks(
-    form: Any, ways: Sequence[Way], in_triton: bool, x: torch.Tensor, state: torch.Tensor
+    form: Any, ways: Sequence[Way], key: CallKey, in_triton: bool, x: torch.Tensor, state: torch.Tensor
 ) -> list[list[torch.Tensor | None]]:
-    """For each way and each linear the mask that Triton's kernels will draw; None where torch draws one, or nobody."""
-    none: list[torch.Tensor | None] = [None] * len(form.biases)
-    if not in_triton:
-        return [none for _ in ways]
+    """For each way and each linear the mask that will be drawn; None where it is PEFT's own as well, or there is none."""
+    if key[-1] is None or (not in_triton and masks_are_torchs(x.device)):
+        return [[None] * len(form.biases) for _ in ways]
+    draw = _triton_masks if in_triton else _torch_masks
+    with generator_at(state, x.device):
+        drawn = [iter(draw(form, way.dropout, key, x) if way.dropout else []) for way in ways]
+    return [[next(of_way, None) if adapted else None for adapted in form.adapted] for of_way in drawn]
+
+
+def _triton_masks(form: Any, dropout: float, key: CallKey, x: torch.Tensor) -> list[torch.Tensor]:
     from automodel_accel.kernels.lora import fused  # needs Triton
 
-    drawn = []
-    with generator_at(state, x.device):
-        for way in ways:
-            seed = fused.draw_seed(x.device) if way.dropout else 0
-            lots = [sum(form.adapted[:i]) for i in range(len(form.adapted))]
-            of_way = [
-                fused.mask(x, lot, way.dropout, seed) if adapted and seed else None
-                for lot, adapted in zip(lots, form.adapted, strict=True)
-            ]
-            drawn.append(of_way)
-    return drawn
+    seed = fused.draw_seed(x.device)
+    return [fused.mask(x, lot, dropout, seed) for lot in range(sum(form.adapted))]
+
+
+def _torch_masks(form: Any, dropout: float, key: CallKey, x: torch.Tensor) -> list[torch.Tensor]:
+    device, _, _, autocast, low = key
+    dtype = torch.get_autocast_dtype(device) if autocast else low
+    return [draw_mask(x.to(dtype), dropout) for _ in range(sum(form.adapted))]
 
 
 def _total(outputs: Sequence[torch.Tensor]) -> torch.Tensor:

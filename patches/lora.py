@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from automodel_accel.kernels.lora import Adapter, Form
+from automodel_accel.kernels.lora import Adapter, Form, masks_are_torchs
 from automodel_accel.patches.probe import functional_copy, linear_of
 from automodel_accel.patches.retype import has_hooks, original_class
 
@@ -58,6 +58,14 @@ def objection(layer: Any) -> str | None:
     return None
 
 
+def draws_here(layer: Any, x: torch.Tensor, in_triton: bool) -> bool:
+    """Whether a call drops elements of x by other random numbers than PEFT would: then it may not go to PEFT for want of gradients.
+
+    A reentrant checkpoint runs without them first, and must drop what is dropped when it runs again.
+    """
+    return (in_triton or not masks_are_torchs(x.device)) and drops(layer)
+
+
 def drops(layer: Any) -> bool:
     """Whether a call drops elements of its input, and is the sum of its base and of one low-rank product."""
     return layer.training and objection(layer) is None and adapter_of(layer).form.dropout > 0
@@ -75,6 +83,18 @@ def adapter_of(layer: Any) -> Adapter:
     dropout = layer.lora_dropout[name]
     probability = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     return Adapter(layer.lora_A[name].weight, layer.lora_B[name].weight, Form(layer.scaling[name], probability))
+
+
+class Given(nn.Module):
+    """Dropout by a mask that was drawn before, for a proof."""
+
+    def __init__(self, mask: torch.Tensor, probability: float) -> None:
+        super().__init__()
+        self.mask, self.probability = mask, probability
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As nn.Dropout."""
+        return x * self.mask.to(x.dtype) / (1 - self.probability)
 
 
 def example(

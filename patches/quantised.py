@@ -18,12 +18,28 @@ from torch import nn
 
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.facts import Facts
-from automodel_accel.kernels.lora import Adapter, Form, draw_mask, generator_at, generator_state, reference
+from automodel_accel.kernels.lora import (
+    Adapter,
+    Form,
+    draw_mask,
+    generator_at,
+    generator_state,
+    masks_are_torchs,
+    reference,
+)
 from automodel_accel.kernels.lora.beside import KERNEL, beside
 from automodel_accel.kernels.recompute import region, remember, source_of
 from automodel_accel.patches import lora
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
-from automodel_accel.patches.linear import LOW_PRECISION, SHARED, LinearPatch, Shared, Sharing, parent_forward
+from automodel_accel.patches.linear import (
+    LOW_PRECISION,
+    SHARED,
+    LinearPatch,
+    Shared,
+    Sharing,
+    is_served,
+    parent_forward,
+)
 from automodel_accel.patches.probe import linear_of
 from automodel_accel.patches.retype import original_class, retype
 
@@ -132,10 +148,20 @@ class QuantisedPatch(LinearPatch):
         layers = [module._modules[name] for names in form.groups for name in names] if form.groups else [module]
         numbers, start = inputs["x"].device, generator_state(inputs["x"].device)
 
+        def masks(leaves: Leaves, dropout: float) -> list[torch.Tensor]:
+            return [draw_mask(leaves["x"].detach().to(low), dropout) for _ in layers]
+
         def theirs(leaves: Leaves) -> torch.Tensor:
+            outputs: list[torch.Tensor] = []
             with generator_at(start, numbers):
-                members = [member for p in DROPOUTS for member in _examples(layers, leaves, p)]
-                return _total([member(leaves["x"]) for member in members])
+                for p in DROPOUTS:
+                    # PEFT's own dropout where it draws the same masks
+                    given = p and not masks_are_torchs(numbers)
+                    drop = (
+                        [lora.Given(mask, p) for mask in masks(leaves, p)] if given else [nn.Dropout(p) for _ in layers]
+                    )
+                    outputs += [member(leaves["x"]) for member in _examples(layers, leaves, drop)]
+            return _total(outputs)
 
         def ours(leaves: Leaves) -> torch.Tensor:
             noted = leaves["x"] * 1
@@ -143,7 +169,7 @@ class QuantisedPatch(LinearPatch):
             outputs, counts = [], Counts()
             with generator_at(start, numbers):
                 for dropout, x in zip(DROPOUTS, (leaves["x"], noted), strict=True):
-                    members = _examples(layers, leaves, dropout)
+                    members = _examples(layers, leaves, [nn.Dropout(dropout) for _ in layers])
                     outputs += _swapped_outputs(members, x, {key: implementation}, counts)
             if counts.fused[self.fusion] != len(DROPOUTS):
                 raise RuntimeError(f"the swapped layers did not take the fused path: {dict(counts.passed_on)}")
@@ -154,10 +180,9 @@ class QuantisedPatch(LinearPatch):
             x, products = leaves["x"], [leaves["x"] @ leaves[f"weight{i}"].t() for i in range(form.count)]
             with generator_at(start, numbers):
                 for dropout in DROPOUTS:
-                    masks = [draw_mask(x.to(low), dropout) for _ in products]
                     pairs = [(leaves[f"a{i}"], leaves[f"b{i}"]) for i in range(form.count)]
                     adapters = [Adapter(*pair, Form(SCALE, dropout)) for pair in pairs]
-                    outputs += reference.beside(x, products, adapters, masks=masks)
+                    outputs += reference.beside(x, products, adapters, masks=masks(leaves, dropout))
             return _total(outputs)
 
         return Experiment(
@@ -210,8 +235,7 @@ def _member_forward(
 ) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = len(args) == 1 and not kwargs and type(args[0]) is torch.Tensor
-        if not plain or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if not is_served(self, args, kwargs, in_triton=False):
             return original(self, *args, **kwargs)
         x: torch.Tensor = args[0]
         shared: Shared | None = vars(self).get(SHARED)
@@ -287,12 +311,10 @@ def _draw(count: int) -> dict[str, torch.Tensor]:
     return drawn
 
 
-def _examples(layers: Sequence[Any], leaves: Leaves, dropout: float) -> list[nn.Module]:
+def _examples(layers: Sequence[Any], leaves: Leaves, dropouts: Sequence[nn.Module]) -> list[nn.Module]:
     """Layers of PEFT's class around linears with these tensors."""
     return [
-        lora.example(
-            layer, linear_of(leaves[f"weight{i}"], None), leaves[f"a{i}"], leaves[f"b{i}"], nn.Dropout(dropout), SCALE
-        )
+        lora.example(layer, linear_of(leaves[f"weight{i}"], None), leaves[f"a{i}"], leaves[f"b{i}"], dropouts[i], SCALE)
         for i, layer in enumerate(layers)
     ]
 

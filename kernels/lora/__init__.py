@@ -6,8 +6,9 @@
 Of N tokens, H -> F with rank R: 2 N R (H + F) FLOPs forward, twice that backward; the base is 2 N H F. The low-rank product is
 written first and the base's GEMM adds to it (beta = 1), so the output is read once by a GEMM, not by kernels of its own;
 likewise the gradient of the input. Adapters of one input share the GEMMs with A. p is computed once, and so is dy B.
-Dropout is that of PEFT: before A, each adapter with a mask of its own, out of the random numbers that torch's own dropout would
-take at that place; in backward they are taken once more from the state that the generator was in. Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
+Dropout is that of PEFT: before A, each adapter with a mask of its own; on a CPU out of the random numbers that torch's own dropout
+would take at that place. In backward they are taken once more from the state that the generator was in.
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021.
 
 Saved for backward: p, A, B and x (or its source, see kernels/recompute.py); neither a mask nor a dropped x, whatever q is.
 """
@@ -78,9 +79,13 @@ def cast(tensors: Tensors, dtype: torch.dtype) -> list[torch.Tensor | None]:
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
+def masks_are_torchs(device: torch.device) -> bool:
+    """Whether `draw_mask` gives the masks that torch's own dropout draws there; on a GPU that is a kernel with numbers of its own."""
+    return device.type == "cpu"
+
+
 def draw_mask(x: torch.Tensor, probability: float) -> torch.Tensor:
-    """1 where torch's dropout of x would keep an element, else 0, by the next random numbers of x's device."""
-    # of new memory: on a GPU which numbers an element takes depends on how the memory is aligned
+    """1 where an element of x is kept, else 0, by the next random numbers of x's device."""
     if x.numel() == 0 or probability in (0, 1):  # torch draws nothing then
         return torch.full(x.shape, 1 - probability, dtype=x.dtype, device=x.device)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - probability)

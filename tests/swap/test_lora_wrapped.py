@@ -9,7 +9,11 @@ import torch
 
 import automodel_accel as accel
 from automodel_accel.config import AccelConfig
+from automodel_accel.kernels import lora as lora_kernel
 from automodel_accel.kernels.facts import this_machine
+from automodel_accel.kernels.lora import eager as lora_eager
+from automodel_accel.patches import linear_proof
+from automodel_accel.patches import lora as lora_patch
 from automodel_accel.patches.linear import LinearPatch
 from automodel_accel.plan import make_plan
 from automodel_accel.prove import _run as run
@@ -44,6 +48,22 @@ def test_gradient_checkpointing(reentrant: bool, recompute: str | None) -> None:
     assert_close(seeded(ours, **batch()), seeded(theirs, **batch()))
     # a reentrant checkpoint runs without gradients first, which is PEFT's
     assert accel.report(ours).counts.fused["linear"] == (1 if reentrant else 2) * 8
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_where_torch_draws_other_masks_than_ours(reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: layers are proved by masks put in the place of PEFT's, and a checkpoint drops the same elements twice."""
+    for package in (lora_patch, linear_proof):
+        monkeypatch.setattr(package, "masks_are_torchs", lambda device: False)
+    for package in (lora_eager, linear_proof):
+        monkeypatch.setattr(package, "draw_mask", lambda x, p: 1 - lora_kernel.draw_mask(x, 1 - p))
+    ours, theirs = pair(dropout=0.3)
+    expected = seeded(ours, **batch())
+    assert accel.report(ours).counts.fused["linear"] == 8
+    assert expected.loss != seeded(theirs, **batch()).loss
+    ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    ours.enable_input_require_grads()
+    assert_close(seeded(ours, **batch()), expected)
 
 
 @pytest.mark.parametrize("group", SHARDINGS)
