@@ -91,7 +91,7 @@ def project(x_NH: torch.Tensor, group: Group, columns: int, seed: int, beside: b
     """
     p_NC = x_NH.new_empty(x_NH.shape[0], columns)
     for chunk, slots, shared in _launches(group):
-        tile = _tile(shared, x_NH.dtype)
+        tile, warps = _tile(shared, x_NH.dtype)
         row_blocks = cdiv(x_NH.shape[0], tile["ROWS"])
         wide = next((one.wide for one in slots if one is not None), None)
         longest = max(one.b_FR.shape[0] for one in slots if one is not None)
@@ -117,6 +117,7 @@ def project(x_NH: torch.Tensor, group: Group, columns: int, seed: int, beside: b
             BESIDE=beside,
             COPIED_ROWS=COPIED_ROWS,
             PRECISION=_precision(x_NH.dtype),
+            num_warps=warps,
             enable_fp_fusion=True,
             **shared,
             **tile,
@@ -129,6 +130,7 @@ def grad_a(x_NH: torch.Tensor, dp_NC: torch.Tensor, group: Group, seed: int) -> 
     grads = [torch.empty_like(one.a_RH, memory_format=torch.contiguous_format) for one in group]
     of = {one.number: grad for one, grad in zip(group, grads, strict=True)}
     for chunk, slots, shared in _launches(group):
+        tile, warps = _tall_tile(shared, dp_NC.dtype)
         grad_a_kernel[(cdiv(x_NH.shape[1], NARROW),)](
             x_NH,
             dp_NC,
@@ -141,9 +143,10 @@ def grad_a(x_NH: torch.Tensor, dp_NC: torch.Tensor, group: Group, seed: int) -> 
             seed,
             FIRST=chunk,
             PRECISION=_precision(dp_NC.dtype),
+            num_warps=warps,
             enable_fp_fusion=True,
             **shared,
-            **_tall_tile(shared, dp_NC.dtype),
+            **tile,
         )
     return grads
 
@@ -151,7 +154,7 @@ def grad_a(x_NH: torch.Tensor, dp_NC: torch.Tensor, group: Group, seed: int) -> 
 def add_grad_input(dx_NH: torch.Tensor, dp_NC: torch.Tensor, group: Group, seed: int) -> None:
     """Add the adapters' part to `dx_NH`, which may have a row stride, as `dp_NC` may."""
     for chunk, slots, shared in _launches(group):
-        tile = _flat_tile(shared, dp_NC.dtype)
+        tile, warps = _flat_tile(shared, dp_NC.dtype)
         add_grad_input_kernel[(cdiv(dx_NH.shape[0], tile["ROWS"]), cdiv(dx_NH.shape[1], tile["COLS"]))](
             dx_NH,
             dp_NC,
@@ -164,6 +167,7 @@ def add_grad_input(dx_NH: torch.Tensor, dp_NC: torch.Tensor, group: Group, seed:
             seed,
             FIRST=chunk,
             PRECISION=_precision(dp_NC.dtype),
+            num_warps=warps,
             enable_fp_fusion=True,
             **shared,
             **tile,
@@ -222,25 +226,28 @@ def _factors(slots: Sequence[Placed | None]) -> list[float]:
     return _each(slots, lambda one: one.form.factor, 0.0) + _each(slots, lambda one: one.form.dropout, 0.0)
 
 
-def _tile(shared: dict[str, Any], dtype: torch.dtype) -> dict[str, int]:
-    """Rows, columns, warps and stages, so that three sums stay in registers and the tiles of three A in shared memory."""
+def _tile(shared: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, int], int]:
+    """Rows, columns and stages, and warps: so that three sums stay in registers and the tiles of three A in shared memory."""
     rank, wide = shared["R"], dtype is torch.float32
     rows = 16 if wide else 32 if shared["DROPOUT"] or rank >= 64 else 64
     cols = TILE if rank <= 32 else TILE // 2 if rank <= 128 else TILE // 4
     warps = 2 * WARPS if wide or rank >= 128 else WARPS
-    return {"ROWS": rows, "COLS": cols, "num_warps": warps, "num_stages": 2 if rank >= 64 else 3}
+    return {"ROWS": rows, "COLS": cols, "num_stages": 2 if rank >= 64 else 3}, warps
 
 
-def _tall_tile(shared: dict[str, Any], dtype: torch.dtype) -> dict[str, int]:
+def _tall_tile(shared: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, int], int]:
     """Likewise for sums over the rows."""
+    tile, warps = _tile(shared, dtype)
     few = dtype is torch.float32 or shared["R"] > 64 or shared["DROPOUT"]
-    return _tile(shared, dtype) | {"ROWS": TILE // 2 if few else TILE, "COLS": NARROW}
+    return tile | {"ROWS": TILE // 2 if few else TILE, "COLS": NARROW}, warps
 
 
-def _flat_tile(shared: dict[str, Any], dtype: torch.dtype) -> dict[str, int]:
+def _flat_tile(shared: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, int], int]:
     """Likewise for one product of rank size for each element, with one A after the other."""
-    few = {"ROWS": 16, "num_warps": WARPS} if shared["R"] >= 128 and dtype is not torch.float32 else {}
-    return _tile(shared, dtype) | {"COLS": TILE} | few
+    tile, warps = _tile(shared, dtype)
+    if shared["R"] >= 128 and dtype is not torch.float32:
+        return tile | {"ROWS": 16, "COLS": TILE // 2}, WARPS
+    return tile | {"COLS": TILE}, warps
 
 
 def _precision(dtype: torch.dtype) -> str | None:

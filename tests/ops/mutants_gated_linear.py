@@ -14,18 +14,18 @@ FORWARD = (
     Mutant(FUSED, "activated, _ = activate", "_, activated = activate", "derivative for the activation"),
     Mutant(
         FUSED,
-        "        gate_NF.stride(0),\n        up_NF.stride(0),\n        ACTIVATION",
-        "        n_cols,\n        up_NF.stride(0),\n        ACTIVATION",
+        "        gate_NF.stride(0),\n        up_NF.stride(0),\n        y_NF",
+        "        n_cols,\n        up_NF.stride(0),\n        y_NF",
         "takes the gate for contiguous",
     ),
     Mutant(
         FUSED,
-        "        gate_NF.stride(0),\n        up_NF.stride(0),\n        ACTIVATION",
-        "        gate_NF.stride(0),\n        gate_NF.stride(0),\n        ACTIVATION",
+        "        gate_NF.stride(0),\n        up_NF.stride(0),\n        y_NF",
+        "        gate_NF.stride(0),\n        gate_NF.stride(0),\n        y_NF",
         "stride of the gate for up",
     ),
-    Mutant(FUSED, "_rows_and_cols(gate_NF, up_NF)", "_rows_and_cols(up_NF)", "flattens a strided gate"),
-    Mutant(FUSED, "_rows_and_cols(gate_NF, up_NF)", "_rows_and_cols(gate_NF)", "flattens a strided up"),
+    Mutant(FUSED, "_rows_and_cols(gate_NF, up_NF, y_NF)", "_rows_and_cols(up_NF, y_NF)", "flattens a strided gate"),
+    Mutant(FUSED, "_rows_and_cols(gate_NF, up_NF, y_NF)", "_rows_and_cols(gate_NF, y_NF)", "flattens a strided up"),
 )
 
 BACKWARD = (

@@ -41,7 +41,7 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown setting": (
         {"nrom": False},
         "unknown setting 'nrom'. Did you mean 'norm'? Known: implementation, norm, mlp, experts, rope, attention, residual, "
-        "loss, linear, recompute, strict.",
+        "loss, linear, quantised, recompute, strict.",
     ),
     "unknown setting in a dict": ({"config": {"los": False}}, "unknown setting 'los'. Did you mean 'loss'?"),
     "unknown implementation": (
