@@ -232,7 +232,7 @@ def _placed(adapters: Sequence[Adapter | None], weights: Sequence[torch.Tensor])
     if not fit:
         wide, starts = {}, [sum(widths[:k]) for k in range(len(widths))]
     placed = [
-        Placed(i, lot, adapter.a_RH, adapter.b_FR, adapter.form, start, wide.get(i))
+        Placed(i, lot, adapter.a_RH.contiguous(), adapter.b_FR.contiguous(), adapter.form, start, wide.get(i))
         for lot, ((i, adapter), start) in enumerate(zip(found, starts, strict=True))
     ]
     return placed, columns

@@ -336,6 +336,22 @@ def test_another_adapter_between_forward_and_backward() -> None:
     torch.testing.assert_close(grads[0], expected)
 
 
+def test_adapters_of_any_layout() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 16), torch.randn(6, 16)
+    outcomes = []
+    for strided in (False, True):
+        torch.manual_seed(1)
+        a, b = torch.randn(16, 4).t(), torch.randn(4, 6).t()
+        leaves = [(part if strided else part.contiguous()).requires_grad_() for part in (a, b)]
+        (output,) = package.linears(
+            x, [weight], [None], adapters=[Adapter(*leaves, Form(1.0))], implementation="triton"
+        )
+        outcomes.append([output, *torch.autograd.grad(output.sum(), leaves)])
+    for plain, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(plain, other)
+
+
 def in_force(check: Any, mutant: Mutant, tmp_path: Path) -> None:
     """The check with a mutant of the kernels in it, of their host code, or of the products."""
 
