@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
+from automodel_accel.kernels.launch import cdiv
+
 MARK = "_accel_room"  # attribute of the output
 ALIGNED = 8  # columns: 16 bytes in bfloat16
+STRIDE = 16  # elements: Triton moves 16 bytes at once only where it knows rows to be a multiple of them apart
 
 _here = threading.local()
 
 
 @contextmanager
 def leaving(columns: int) -> Iterator[None]:
-    """Inside, operations of this thread leave that many columns, a multiple of 8, beside each row of their main output."""
+    """Inside, operations of this thread leave at least that many columns, a multiple of 8, beside each row of their main output."""
     assert columns % ALIGNED == 0, columns
     before = getattr(_here, "columns", 0)
     _here.columns = columns
@@ -31,11 +34,12 @@ def leaving(columns: int) -> Iterator[None]:
 
 
 def empty_rows(n_rows: int, n_cols: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised [N, H], in rows further apart where room is to be left."""
+    """Uninitialised [N, H], in rows further apart where room is to be left: by at least as many columns as asked for."""
     columns = getattr(_here, "columns", 0)
     if not columns:
         return torch.empty(n_rows, n_cols, dtype=dtype, device=device)
-    return torch.empty(n_rows, n_cols + columns, dtype=dtype, device=device)[:, :n_cols]
+    stride = cdiv(n_cols + columns, STRIDE) * STRIDE
+    return torch.empty(n_rows, stride, dtype=dtype, device=device)[:, :n_cols]
 
 
 def left(columns: int, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from automodel_accel.kernels.launch import cdiv
+from automodel_accel.kernels.room import empty_rows
 
 BLOCK = 1024
 WARPS = 4
@@ -67,6 +68,7 @@ def activation_fwd_kernel(
     n_cols,
     tiles_per_row,
     stride_x,
+    stride_y,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -76,7 +78,7 @@ def activation_fwd_kernel(
     in_row = cols < n_cols
     x = tl.load(X + row * stride_x + cols, mask=in_row, other=0.0).to(tl.float32)
     activated, _ = activate(x, ACTIVATION)
-    tl.store(Y + row * n_cols + cols, activated.to(Y.dtype.element_ty), mask=in_row)
+    tl.store(Y + row * stride_y + cols, activated.to(Y.dtype.element_ty), mask=in_row)
 
 
 @triton.jit
@@ -103,8 +105,8 @@ def activation_bwd_kernel(
 
 def forward(x_NF: torch.Tensor, name: str) -> torch.Tensor:
     """Return name(x), [N, F]."""
-    y_NF = torch.empty(x_NF.shape, dtype=x_NF.dtype, device=x_NF.device)
-    n_rows, n_cols = _rows_and_cols(x_NF)
+    y_NF = empty_rows(x_NF.shape[0], x_NF.shape[1], x_NF.dtype, x_NF.device)
+    n_rows, n_cols = _rows_and_cols(x_NF, y_NF)
     if y_NF.numel() == 0:
         return y_NF
     tiles_per_row = cdiv(n_cols, BLOCK)
@@ -114,6 +116,7 @@ def forward(x_NF: torch.Tensor, name: str) -> torch.Tensor:
         n_cols,
         tiles_per_row,
         x_NF.stride(0),
+        y_NF.stride(0),
         ACTIVATION=name,
         BLOCK=BLOCK,
         num_warps=WARPS,

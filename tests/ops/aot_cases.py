@@ -5,10 +5,11 @@ real launch. `tests/ops/aot.py` records the launch, and compiles it for each tar
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from automodel_accel.kernels import room
 from automodel_accel.kernels.gated_linear import fused as gated_linear
 from automodel_accel.kernels.linear_cross_entropy import fused as linear_cross_entropy
 from automodel_accel.kernels.rms_norm import fused as rms_norm
@@ -18,6 +19,7 @@ HIDDEN = (2048, 4096, 8192)
 # of a row held in registers: in float32 the longest one, which is the tightest
 ROW_SIZES = (*((torch.bfloat16, hidden) for hidden in HIDDEN), (torch.float32, HIDDEN[-1]))
 ROWS = 8
+ROOM = 24  # columns: of three adapters of rank 8, no multiple of 16
 SUM_NARROW = 1  # access of 2 bytes, by which a sum of partial gradients is written: a program sums few columns
 
 
@@ -40,6 +42,16 @@ class AotCase:
     single_values: int = 0
 
 
+def with_room(case: AotCase) -> AotCase:
+    """The same call, which leaves room beside the rows of its output."""
+
+    def launch() -> None:
+        with room.leaving(ROOM):
+            case.launch()
+
+    return replace(case, name=f"{case.name}/room {ROOM}", launch=launch)
+
+
 def _rms_norm(dtype: torch.dtype, hidden: int, order: str = "cast_then_mul") -> list[AotCase]:
     x, weight, rstd = torch.ones(ROWS, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype), torch.ones(ROWS)
     name = f"{dtype}/{hidden}/{order}"
@@ -58,6 +70,7 @@ RMS_NORM = [
     *(case for dtype, hidden in ROW_SIZES for case in _rms_norm(dtype, hidden)),
     *_rms_norm(torch.bfloat16, 4096, "mul_then_cast"),
     *_rms_norm(torch.bfloat16, 16384),
+    with_room(_rms_norm(torch.bfloat16, 4096)[0]),
 ]
 
 
@@ -80,6 +93,7 @@ GATED_LINEAR = [
     *(case for dtype in DTYPES for hidden in HIDDEN for case in _gated_linear(dtype, hidden)),
     *(case for dtype in DTYPES for case in _gated_linear(dtype, 8192, packed=True)),
     *(case for activation in ("gelu", "gelu_tanh") for case in _gated_linear(torch.bfloat16, 8192, activation)),
+    with_room(_gated_linear(torch.bfloat16, 8192)[0]),
 ]
 
 

@@ -4,7 +4,7 @@ import torch
 
 from automodel_accel.kernels.activation import ACTIVATIONS
 from automodel_accel.kernels.activation import fused as activation
-from tests.ops.aot_cases import DTYPES, ROWS, AotCase
+from tests.ops.aot_cases import DTYPES, ROWS, AotCase, with_room
 
 WIDTH = 8192
 
@@ -22,4 +22,5 @@ def _activation(dtype: torch.dtype, name: str, strided: bool = False) -> list[Ao
 ACTIVATION = [
     *(case for name in ACTIVATIONS for case in _activation(torch.bfloat16, name)),
     *(case for dtype in DTYPES for case in _activation(dtype, "quick_gelu", strided=True)),
+    with_room(_activation(torch.bfloat16, "gelu")[0]),
 ]
