@@ -13,7 +13,6 @@ import triton.language as tl
 
 from automodel_accel.kernels.launch import next_power_of_2, persistent_programs, prefetch_stages, row_warps
 from automodel_accel.kernels.rms_norm.fused import sum_partials
-from automodel_accel.kernels.room import empty_rows
 
 PROGRAMS_PER_PROCESSOR = 2
 # in backward, a thread has 128 registers, of 64 a row of 8192 would spill; and of a row longer than WIDE a multiprocessor holds
@@ -36,7 +35,6 @@ def layer_norm_fwd_kernel(
     n_cols,
     stride_x,
     stride_residual,
-    stride_y,
     eps,
     scale,
     offset,
@@ -75,7 +73,7 @@ def layer_norm_fwd_kernel(
             y = y * w
         if HAS_BIAS:
             y = y + b
-        tl.store(Y + start * stride_y + cols, y.to(Y.dtype.element_ty), mask=in_row)
+        tl.store(Y + start * n_cols + cols, y.to(Y.dtype.element_ty), mask=in_row)
         tl.store(MEAN + row, mean)
         tl.store(RSTD + row, rstd)
 
@@ -151,8 +149,8 @@ def forward(
     """Return y in h's dtype, h (None where there is no residual), and mean and rstd in float32."""
     n_rows, n_cols = x_NH.shape
     dtype = x_NH.dtype if residual_NH is None else torch.promote_types(x_NH.dtype, residual_NH.dtype)
-    y_NH = empty_rows(n_rows, n_cols, dtype, x_NH.device)
-    h_NH = None if residual_NH is None else torch.empty(n_rows, n_cols, dtype=dtype, device=x_NH.device)
+    y_NH = torch.empty(n_rows, n_cols, dtype=dtype, device=x_NH.device)
+    h_NH = None if residual_NH is None else torch.empty_like(y_NH)
     mean_N, rstd_N = (torch.empty(n_rows, dtype=torch.float32, device=x_NH.device) for _ in range(2))
     if n_rows == 0:
         return y_NH, h_NH, mean_N, rstd_N
@@ -171,7 +169,6 @@ def forward(
         n_cols,
         x_NH.stride(0),
         0 if residual_NH is None else residual_NH.stride(0),
-        y_NH.stride(0),
         eps,
         scale,
         offset,
