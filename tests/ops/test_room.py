@@ -12,7 +12,6 @@ pytest.importorskip("triton")
 
 from automodel_accel.kernels import activation as activation_package
 from automodel_accel.kernels import gated_linear as gated_package
-from automodel_accel.kernels import layer_norm as layer_norm_package
 from automodel_accel.kernels import rms_norm as norm_package
 from automodel_accel.kernels import room
 from automodel_accel.kernels.recompute import remember, source_of
@@ -31,13 +30,10 @@ def first(output: Any) -> torch.Tensor:
 def producers(implementation: str = "triton") -> dict[str, tuple[Producer, int]]:
     """What is left room beside, and how many inputs it takes."""
     named: dict[str, Any] = {"implementation": implementation}
-    layer = (None, None, 1e-5)
     return {
         "rms_norm": (lambda x: norm_package.rms_norm(x, None, 1e-6, **named), 1),
         "add_rms_norm": (lambda x, r: norm_package.add_rms_norm(x, r, None, 1e-6, **named), 2),
         "rms_norm_through": (lambda x: rms_norm_through(x, None, 1e-6, **named), 1),
-        "layer_norm": (lambda x: layer_norm_package.layer_norm(x, *layer, **named), 1),
-        "add_layer_norm": (lambda x, r: layer_norm_package.add_layer_norm(x, r, *layer, **named), 2),
         "gated_linear": (lambda gate, up: gated_package.gated_linear(gate, up, **named), 2),
         "activation": (lambda x: activation_package.activation(x, "gelu", **named), 1),
         "activation that saves its output": (lambda x: activation_package.activation(x, "relu", **named), 1),
@@ -178,12 +174,6 @@ def test_the_room_is_that_of_the_innermost_block() -> None:
 
 
 MUTANTS = (
-    Mutant(
-        "layer_norm/fused.py",
-        "Y + start * stride_y + cols",
-        "Y + start * n_cols + cols",
-        "layer_norm: rows side by side",
-    ),
     Mutant(
         "activation/fused.py",
         "Y + row * stride_y + cols",

@@ -39,11 +39,11 @@ def with_rooms(model: Any, patch: pytest.MonkeyPatch) -> tuple[Step, list[int]]:
 
 @pytest.mark.parametrize(
     ("architecture", "norms", "recompute"),
-    [("llama", 5, None), ("qwen3", 5, "selective"), ("gemma2", 9, None), ("gpt_neox", 5, "selective")],
+    [("llama", 5, None), ("qwen3", 5, "selective"), ("gemma2", 9, None), ("gpt_neox", 0, "selective")],
     ids=lambda value: str(value),
 )
 def test_the_same_bits(architecture: str, norms: int, recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`norms` of the hidden size; in each of the two layers an MLP."""
+    """`norms` of the hidden size (a LayerNorm leaves none); in each of the two layers an MLP."""
     ours = applied(tiny(architecture), recompute=recompute, **TRITON)
     expected = step(ours, **batch())
     got, found = with_rooms(ours, monkeypatch)
