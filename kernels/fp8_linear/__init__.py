@@ -1,0 +1,218 @@
+"""fp8_linears: linears of one input whose three products take 8-bit values.
+
+    x = s_x q_x      W_i = s_W q_Wi      dy = s_g q_g                  q: E4M3, s: powers of two (scaling.py)
+    y_i = s_x s_W q_x q_Wi^T + b_i       dx = s_g s_W q_g q_W          dW_i = s_g s_x q_gi^T q_x        db_i = sum over rows of dy_i
+
+q_W: the weights one below the other, q_g: the gradients side by side, so that dx is one product, where linears on their own would
+add one [N, H] for each. "tensorwise": one scale for each of x, the weights and the gradients. "rowwise": one for each row of x, of
+W and, in dx, of dy; one for each column of dy in dW. What a product sums over can have no scale of its own: there the scale of the
+other operand is a factor of dy before its cast (casts.py). So x and W are cast once, and dx and dW are exactly of what was
+multiplied in forward.
+
+FLOPs as the plain linears: 2 N H F forward, twice that backward. Bytes beyond the products' own, of a cast: read 2 for the largest
+value and 2 again, write 1, and 1 for its transpose, each an element. Saved for backward: q_x transposed (1 byte an element), only
+where a weight trains, in place of x (2 bytes); with a `Source` (kernels/recompute.py) that instead. Weights are cast once a step.
+
+Sources: Micikevicius et al., "FP8 Formats for Deep Learning", 2022; DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024 (E4M3 for
+gradients too).
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module
+from automodel_accel.kernels.fp8_linear import reference
+from automodel_accel.kernels.fp8_linear.casts import Cast
+from automodel_accel.kernels.fp8_linear.products import engine_on, product
+from automodel_accel.kernels.fp8_linear.scaling import formats_here
+from automodel_accel.kernels.fp8_linear.weights import HeldCast
+from automodel_accel.kernels.recompute import Source
+
+MULTIPLE = 16  # of in_features and out_features: what the hardware multiplies
+FIRST = 2  # of the weights among the inputs
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+KERNEL = Kernel(
+    name="fp8_linear",
+    reference=reference.fp8_linears,  # type: ignore[arg-type]  # several outputs
+    implementations=(
+        Implementation(
+            name="torch",
+            module="automodel_accel.kernels.fp8_linear.casts",
+            devices=frozenset({"cuda", "xpu", "cpu", "mps"}),
+            dtypes=DTYPES,
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How values are rounded to 8 bits.
+
+    Attributes:
+        rowwise: Whether each row has a scale of its own; else one serves the tensor.
+        wide_gradients: Whether gradients are in E5M2 (2 bits of mantissa, a wider range) and not in E4M3.
+        engine: "native" or "emulated" products; None: native where the machine has them.
+    """
+
+    rowwise: bool = False
+    wide_gradients: bool = False
+    engine: str | None = None
+
+
+def fp8_linears(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    recipe: Recipe = Recipe(),
+    *,
+    held: HeldCast | None = None,
+    source: Source | None = None,
+    implementation: str = AUTO,
+) -> tuple[torch.Tensor, ...]:
+    """`F.linear(x, weight, bias)` for each weight, by products of 8-bit values; obeys autocast as that does.
+
+    Args:
+        x: [..., H], float32, bfloat16 or float16; H a multiple of 16.
+        weights: [F_i, H] each, in one dtype; F_i a multiple of 16.
+        biases: [F_i] each, or None.
+        recipe: How values are rounded.
+        held: Where the cast of these weights is kept while they stay as they are; None: cast now, and again in backward.
+        source: What x was computed from, to be saved in place of its cast; see `source_of`.
+        implementation: "auto", "triton" or "torch": what casts.
+
+    Returns:
+        [..., F_i] for each weight, in x's dtype or autocast's.
+
+    Raises:
+        ValueError: a shape does not fit, or is no multiple of 16, or the implementation cannot serve the call.
+    """
+    _check(x, weights, biases)
+    if x.numel() == 0:
+        return tuple(torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    module = implementation_module(KERNEL, x.device.type, x.dtype, x.shape[-1], implementation)
+    return _Fp8Linears.apply((module, recipe, held, source), x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _check(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
+    if len(weights) != len(biases):
+        raise ValueError(
+            f"fp8_linears: {len(weights)} weights and {len(biases)} biases; expected one (or None) for each."
+        )
+    for weight in weights:
+        if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+            raise ValueError(
+                f"fp8_linears: a weight has shape {tuple(weight.shape)}, expected [F, {x.shape[-1]}] for x {tuple(x.shape)}."
+            )
+        if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
+            raise ValueError(
+                f"fp8_linears: a weight has shape {tuple(weight.shape)}, expected multiples of {MULTIPLE}: the hardware takes no other."
+            )
+
+
+class _Fp8Linears(torch.autograd.Function):
+    """Not a registered operation: how many outputs it has varies, and torch.compile takes the plain linears."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        how: tuple[Any, Recipe, HeldCast | None, Source | None],
+        x: torch.Tensor,
+        *rest: Any,
+    ) -> Any:
+        module, recipe, held, source = how
+        weights, biases = halves(rest)
+        needs_w = any(halves(ctx.needs_input_grad[FIRST:])[0])
+        engine, dtype = recipe.engine or engine_on(x.device.type), _compute_dtype(x)
+        cast = functools.partial(module.cast_rows, dtype=formats_here().e4m3, rowwise=recipe.rowwise)
+        cast_weights = functools.partial(cast, transposed=needs_w)
+        key = (module, recipe.rowwise, needs_w)
+        of_w = cast_weights(weights) if held is None else held.of(weights, key, lambda: cast_weights(weights))
+        of_x = cast([x.reshape(-1, x.shape[-1])], transposed=needs_w and source is None)
+        widths = [len(weight) for weight in weights]
+        outputs = tuple(
+            product(of_x.q, q, of_x.scale, scale, bias, dtype, engine, fast=True).view(*x.shape[:-1], -1)
+            for q, scale, bias in zip(of_w.q.split(widths), _scales(of_w.scale, widths), biases, strict=True)
+        )
+        kept = () if not needs_w else (of_x.q_t, of_x.scale) if source is None else source.tensors
+        ctx.save_for_backward(*(weights if held is None else ()), *kept)
+        ctx.of_w, ctx.again = (of_w, None) if held is not None else (None, cast_weights)
+        ctx.cast, ctx.module, ctx.recipe, ctx.engine, ctx.source = cast, module, recipe, engine, source
+        ctx.widths, ctx.x_shape, ctx.x_dtype, ctx.dtype = widths, x.shape, x.dtype, dtype
+        ctx.dtypes = [None if one is None else one.dtype for one in rest]
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fp8_linear cannot be differentiated twice: its gradient was asked for with create_graph=True; "
+                "apply(model, fp8=False)."
+            )
+        saved = list(ctx.saved_tensors)  # once: a checkpoint gives each tensor out once
+        count, rowwise = len(ctx.widths), ctx.recipe.rowwise
+        weights = [saved.pop(0) for _ in range(count)] if ctx.again else []
+        needs_x, *needed = ctx.needs_input_grad[FIRST - 1 :]
+        needs_w, needs_b = halves(needed)
+        of_x = _cast_again(ctx, saved) if any(needs_w) else None
+        of_w = None if not needs_x else ctx.again(weights) if ctx.again else ctx.of_w
+        given = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
+        formats = formats_here()
+        straight, turned = ctx.module.cast_gradients(
+            given,
+            formats.e5m2 if ctx.recipe.wide_gradients else formats.e4m3,
+            rowwise,
+            weight_scale=of_w and of_w.scale,
+            x_scale=of_x and of_x.scale,
+        )
+        grad_x, grad_weights = None, [None] * count
+        if of_w is not None:
+            q_t = ctx.module.transposed(of_w.q) if of_w.q_t is None else of_w.q_t
+            scale = _one(of_w.scale) if rowwise else of_w.scale
+            grad_x = product(straight.q, q_t, straight.scale, scale, None, ctx.dtype, ctx.engine)
+            grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
+        if of_x is not None:
+            scale = _one(of_x.scale) if rowwise else of_x.scale
+            parts = zip(turned.q_t.split(ctx.widths), _scales(turned.scale, ctx.widths), strict=True)
+            grad_weights = [
+                product(q, of_x.q_t, of_q, scale, None, ctx.dtype, ctx.engine).to(dtype) if wanted else None
+                for (q, of_q), wanted, dtype in zip(parts, needs_w, ctx.dtypes, strict=False)
+            ]
+        grad_biases = [
+            grad.sum(0).to(dtype) if wanted else None
+            for grad, wanted, dtype in zip(given, needs_b, ctx.dtypes[count:], strict=True)
+        ]
+        return None, grad_x, *grad_weights, *grad_biases
+
+
+def halves(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Of the weights, and of the biases."""
+    return values[: len(values) // 2], values[len(values) // 2 :]
+
+
+def _cast_again(ctx: Any, kept: Sequence[torch.Tensor]) -> Cast:
+    """The transposed cast of x: as it was kept, or of x computed again."""
+    if ctx.source is None:
+        q_t, scale = kept
+        return Cast(None, q_t, scale)
+    x = ctx.source.again(tuple(kept)).reshape(-1, ctx.x_shape[-1])
+    return ctx.cast([x], straight=False, transposed=True)  # type: ignore[no-any-return]
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _scales(scale: torch.Tensor, widths: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Of each of the tensors in a cast."""
+    return scale.split(list(widths)) if scale.dim() else [scale] * len(widths)
+
+
+def _one(like: torch.Tensor) -> torch.Tensor:
+    return torch.ones((), dtype=like.dtype, device=like.device)
