@@ -20,6 +20,7 @@ def all_patches() -> tuple[Patch, ...]:
     # here, so that `import automodel_accel` registers no operation
     from automodel_accel.patches.attention import AttentionPatch
     from automodel_accel.patches.experts import ExpertsPatch
+    from automodel_accel.patches.fp8 import Fp8Patch
     from automodel_accel.patches.linear import LinearPatch
     from automodel_accel.patches.loss import LossPatch
     from automodel_accel.patches.mlp import MlpPatch
@@ -29,7 +30,7 @@ def all_patches() -> tuple[Patch, ...]:
     from automodel_accel.patches.rope import RopePatch
 
     first = (NormPatch(), MlpPatch(), ExpertsPatch(), RopePatch(), AttentionPatch(), LossPatch(), ResidualPatch())
-    return *first, LinearPatch(), QuantisedPatch()
+    return *first, Fp8Patch(), LinearPatch(), QuantisedPatch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,10 @@ def make_plan(model: nn.Module, config: AccelConfig, facts: Facts, patches: tupl
             continue
         if wanted not in patch.kernel.names():
             wanted = AUTO  # also where one is named for all fusions that is unknown to this one
-        found = _match_all(patch, model, Context(facts, devices, wanted, config.recompute, _forwards_of(claims)))
+        context = Context(
+            facts, devices, wanted, config.recompute, _taken_by(claims), config.fp8_recipe(), config.fp8_layers
+        )
+        found = _match_all(patch, model, context)
         own = [claim for claim in found if isinstance(claim, Claim)]
         refusals += [(patch.fusion, refusal) for refusal in found if isinstance(refusal, Refusal)]
         refusals += [(patch.fusion, refusal) for refusal in _refused_requests(own, wanted)]
@@ -130,8 +134,8 @@ def _match_all(patch: Patch, model: nn.Module, context: Context) -> list[Claim |
     return found
 
 
-def _forwards_of(claims: list[Claim]) -> frozenset[str]:
-    return frozenset(path for claim in claims if claim.part == "forward" for path in claim.paths)
+def _taken_by(claims: list[Claim]) -> frozenset[str]:
+    return frozenset(path for claim in claims for path in (claim.paths if claim.part == "forward" else claim.taken))
 
 
 def _refused_requests(claims: list[Claim], wanted: str) -> Iterator[Refusal]:

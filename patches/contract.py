@@ -30,7 +30,9 @@ class Context:
         devices: Device types to serve.
         wanted: "auto", or the implementation that the user named.
         recompute: What is computed again in backward: "selective", "mlp", "full", or None.
-        taken: Dotted names of the modules whose forward an earlier patch claims.
+        taken: Dotted names of the modules that an earlier patch computes.
+        fp8: "auto", or the name of how values are rounded to 8 bits, or None.
+        fp8_layers: Patterns of the dotted names of linears, one of which a linear must have for FP8; none: any has.
     """
 
     facts: Facts
@@ -38,6 +40,8 @@ class Context:
     wanted: str
     recompute: str | None = None
     taken: frozenset[str] = frozenset()
+    fp8: str | None = None
+    fp8_layers: tuple[str, ...] = ()
 
     def choices(
         self, kernel: Kernel, dtype: torch.dtype, size: int, features: frozenset[str] = frozenset()
@@ -69,6 +73,7 @@ class Claim:
         form: The recognised structure; with `dtype` the key under which places share one proof.
         choices: Device type -> chosen implementation and refusals.
         part: What of these modules is taken; two claims on one part of a module are an error.
+        taken: Dotted names of the modules that no later patch may compute, where it is not the forward that is taken.
     """
 
     fusion: str
@@ -78,6 +83,7 @@ class Claim:
     form: Hashable
     choices: Mapping[str, Choice] = field(hash=False)
     part: str = "forward"
+    taken: tuple[str, ...] = ()
 
     @property
     def proof_key(self) -> Hashable:

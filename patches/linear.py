@@ -271,7 +271,7 @@ def _member_forward(
             if (reason := lora.objection(self)) is not None:
                 counts.count(counts.passed_on, f"linear: LoRA by PEFT: {reason}")
                 return original(self, input)
-        key, members = _members_of_call(self, shared, input)
+        key, members = members_of_call(self, shared, input)
         source = source_of(input) if recompute and _is_needed_again(members) else None
         if len(members) == 1 and source is None and key[-1] is None:
             return original(self, input)
@@ -291,7 +291,7 @@ def _member_forward(
     return forward
 
 
-def _members_of_call(member: Any, shared: "Shared | None", x: torch.Tensor) -> tuple[CallKey, list[Any]]:
+def members_of_call(member: Any, shared: "Shared | None", x: torch.Tensor) -> tuple[CallKey, list[Any]]:
     """The key of a call, and the linears that are computed in it: those that share x, and whose keys go together."""
     key, members = _call_key(member, x), [member]
     for other in shared.behind(member) if shared is not None else ():

@@ -66,7 +66,7 @@ def experiment(form: Any, layers: Sequence[Any], key: CallKey, implementation: s
                     nn.Dropout(way.dropout) if mask is None else lora.Given(mask, way.dropout) for mask in masks
                 ]
                 outputs += [member(leaves["x"]) for member in _members(form, layers, leaves, way, dropouts)]
-            return _total(outputs)
+            return total(outputs)
 
     def ours(leaves: Leaves) -> torch.Tensor:
         counts = Counts()
@@ -74,7 +74,7 @@ def experiment(form: Any, layers: Sequence[Any], key: CallKey, implementation: s
             outputs = [output for way in ways for output in run(way, leaves, counts)]
         if counts.fused["linear"] != (len(ways) if len(form.biases) > 1 or low else 1):
             raise RuntimeError(f"the swapped linears did not take the fused path: {dict(counts.passed_on)}")
-        return _total(outputs)
+        return total(outputs)
 
     def run(way: Way, leaves: Leaves, counts: Counts) -> list[torch.Tensor]:
         members = _members(form, layers, leaves, way, [nn.Dropout(way.dropout)] * len(form.biases))
@@ -98,7 +98,7 @@ def experiment(form: Any, layers: Sequence[Any], key: CallKey, implementation: s
                     for adapter, mask in zip(adapters, given, strict=True)
                 ]
                 outputs += reference.linears(leaves["x"], weights, biases, adapters=adapters, masks=masks)
-        return _total(outputs)
+        return total(outputs)
 
     dtypes = {name: low if name[0] in "ab" and name[1:].isdigit() else weight_type for name in inputs}
     return Experiment(
@@ -142,7 +142,7 @@ def _torch_masks(form: Any, dropout: float, key: CallKey, x: torch.Tensor) -> li
     return [draw_mask(x.to(dtype), dropout) for _ in range(sum(form.adapted))]
 
 
-def _total(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+def total(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """A scalar that every element is in, by a weight of -1, 0 or 1, in the dtype of the outputs."""
     joined = torch.cat([output.flatten() for output in outputs])
     weights = torch.randint(-1, 2, joined.shape, generator=torch.Generator().manual_seed(1)).to(joined)

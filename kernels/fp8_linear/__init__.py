@@ -135,6 +135,7 @@ class _Fp8Linears(torch.autograd.Function):
         of_w = cast_weights(weights) if held is None else held.of(weights, key, lambda: cast_weights(weights))
         of_x = cast([x.reshape(-1, x.shape[-1])], transposed=needs_w and source is None)
         widths = [len(weight) for weight in weights]
+        assert of_w.q is not None
         outputs = tuple(
             product(of_x.q, q, of_x.scale, scale, bias, dtype, engine, fast=True).view(*x.shape[:-1], -1)
             for q, scale, bias in zip(of_w.q.split(widths), _scales(of_w.scale, widths), biases, strict=True)
@@ -170,17 +171,19 @@ class _Fp8Linears(torch.autograd.Function):
             weight_scale=of_w and of_w.scale,
             x_scale=of_x and of_x.scale,
         )
-        grad_x, grad_weights = None, [None] * count
+        grad_x: torch.Tensor | None = None
+        grad_weights: list[torch.Tensor | None] = [None] * count
         if of_w is not None:
             q_t = ctx.module.transposed(of_w.q) if of_w.q_t is None else of_w.q_t
             scale = _one(of_w.scale) if rowwise else of_w.scale
             grad_x = product(straight.q, q_t, straight.scale, scale, None, ctx.dtype, ctx.engine)
             grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
         if of_x is not None:
-            scale = _one(of_x.scale) if rowwise else of_x.scale
+            scale, x_t = _one(of_x.scale) if rowwise else of_x.scale, of_x.q_t
+            assert x_t is not None
             parts = zip(turned.q_t.split(ctx.widths), _scales(turned.scale, ctx.widths), strict=True)
             grad_weights = [
-                product(q, of_x.q_t, of_q, scale, None, ctx.dtype, ctx.engine).to(dtype) if wanted else None
+                product(q, x_t, of_q, scale, None, ctx.dtype, ctx.engine).to(dtype) if wanted else None
                 for (q, of_q), wanted, dtype in zip(parts, needs_w, ctx.dtypes, strict=False)
             ]
         grad_biases = [
@@ -211,7 +214,7 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 def _scales(scale: torch.Tensor, widths: Sequence[int]) -> Sequence[torch.Tensor]:
     """Of each of the tensors in a cast."""
-    return scale.split(list(widths)) if scale.dim() else [scale] * len(widths)
+    return torch.split(scale, list(widths)) if scale.dim() else [scale] * len(widths)
 
 
 def _one(like: torch.Tensor) -> torch.Tensor:

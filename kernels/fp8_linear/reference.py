@@ -17,22 +17,21 @@ def fp8_linears(
     of_gradients: torch.dtype = torch.float8_e4m3fn,
 ) -> tuple[torch.Tensor, ...]:
     """[..., H], [F_i, H] each, [F_i] or None each, 8-bit formats of values and of gradients -> [..., F_i] each, in x's dtype."""
-    present = [bias for bias in biases if bias is not None]
     joined = _Joined.apply(x, torch.cat(list(weights)), rowwise, e4m3, of_gradients)  # type: ignore[no-untyped-call]
     outputs = joined.split([weight.shape[0] for weight in weights], -1)
-    assert len(present) <= len(outputs)
     return tuple(
-        (output if bias is None else output + bias.float()).to(x.dtype)
+        (output if bias is None else output + bias.to(output.dtype)).to(x.dtype)
         for output, bias in zip(outputs, biases, strict=True)
     )
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype, dim: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values that a cast stands for, in float32, and its scale: one for all, or one for each slice along `dim` it is reduced over."""
+    """The values that a cast stands for, and its scale: one for all, or along `dim` one for each slice; float64 where x is, else float32."""
+    exact = torch.promote_types(x.dtype, torch.float32)
     x = x.float()
     amax = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
     scale, most = scale_of(amax, dtype), torch.finfo(dtype).max
-    return (x / scale).clamp(-most, most).to(dtype).float() * scale, scale
+    return ((x / scale).clamp(-most, most).to(dtype).float() * scale).to(exact), scale.to(exact)
 
 
 class _Joined(torch.autograd.Function):
