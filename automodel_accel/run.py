@@ -26,7 +26,7 @@ import torch
 import yaml
 
 from automodel_accel import building
-from automodel_accel.config import OTHERS, AccelConfig
+from automodel_accel.config import FP8, OTHERS, AccelConfig
 from automodel_accel.kernels.contract import AUTO, unknown_name
 from automodel_accel.report import Report
 
@@ -170,9 +170,8 @@ def _read_config(name: str) -> AccelConfig:
 
 def _check_named(settings: AccelConfig) -> None:
     """Before the script runs for an hour. Imports transformers, so only where an implementation is named."""
-    named = {
-        getattr(settings, name) for name in SETTINGS if name not in ("recompute", "strict", "fp8", "fp8_layers")
-    } - {AUTO, True, False}
+    fusions = [name for name in SETTINGS if name not in OTHERS]
+    named = {getattr(settings, name) for name in (*fusions, "implementation", "fp8")} - {AUTO, True, False, *FP8}
     if not named:
         return
     from automodel_accel.plan import all_patches, check_implementations
