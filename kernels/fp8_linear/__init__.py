@@ -29,6 +29,7 @@ from automodel_accel.kernels.fp8_linear import reference
 from automodel_accel.kernels.fp8_linear.casts import Cast
 from automodel_accel.kernels.fp8_linear.products import engine_on, product
 from automodel_accel.kernels.fp8_linear.scaling import formats_here
+from automodel_accel.kernels.fp8_linear.sharded import is_gathered, joined
 from automodel_accel.kernels.fp8_linear.weights import HeldCast
 from automodel_accel.kernels.recompute import Source
 
@@ -90,11 +91,12 @@ def fp8_linears(
         [..., F_i] for each weight, in x's dtype or autocast's.
 
     Raises:
-        ValueError: a shape does not fit, or is no multiple of 16, or the implementation cannot serve the call.
+        ValueError: a shape does not fit, or is no multiple of 16, a weight is a DTensor, or the implementation cannot serve the call.
     """
     _check(x, weights, biases)
     if x.numel() == 0:
         return tuple(torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    held = None if is_gathered(weights) else held
     module = implementation_module(KERNEL, x.device.type, x.dtype, x.shape[-1], implementation)
     return _Fp8Linears.apply((module, recipe, held, source), x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -105,6 +107,11 @@ def _check(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[to
             f"fp8_linears: {len(weights)} weights and {len(biases)} biases; expected one (or None) for each."
         )
     for weight in weights:
+        if (placements := getattr(weight, "placements", None)) is not None:
+            raise ValueError(
+                f"fp8_linears: a weight is a DTensor that lies as {tuple(placements)}, expected a plain tensor: leave "
+                "tensor-parallel linears out, or call this where FSDP2 has gathered the weight."
+            )
         if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
             raise ValueError(
                 f"fp8_linears: a weight has shape {tuple(weight.shape)}, expected [F, {x.shape[-1]}] for x {tuple(x.shape)}."
@@ -130,7 +137,10 @@ class _Fp8Linears(torch.autograd.Function):
         needs_w = any(halves(ctx.needs_input_grad[FIRST:])[0])
         engine, dtype = recipe.engine or engine_on(x.device.type), _compute_dtype(x)
         cast = functools.partial(module.cast_rows, dtype=formats_here().e4m3, rowwise=recipe.rowwise)
-        cast_weights = functools.partial(cast, transposed=needs_w)
+
+        def cast_weights(weights: Sequence[torch.Tensor]) -> Cast:
+            return joined(weights, recipe.rowwise) or cast(weights, transposed=needs_w)
+
         key = (module, recipe.rowwise, needs_w)
         of_w = cast_weights(weights) if held is None else held.of(weights, key, lambda: cast_weights(weights))
         of_x = cast([x.reshape(-1, x.shape[-1])], transposed=needs_w and source is None)
@@ -138,7 +148,7 @@ class _Fp8Linears(torch.autograd.Function):
         assert of_w.q is not None
         outputs = tuple(
             product(of_x.q, q, of_x.scale, scale, bias, dtype, engine, fast=True).view(*x.shape[:-1], -1)
-            for q, scale, bias in zip(of_w.q.split(widths), _scales(of_w.scale, widths), biases, strict=True)
+            for q, scale, bias in zip(torch.split(of_w.q, widths), _scales(of_w.scale, widths), biases, strict=True)
         )
         kept = () if not needs_w else (of_x.q_t, of_x.scale) if source is None else source.tensors
         ctx.save_for_backward(*(weights if held is None else ()), *kept)

@@ -1,0 +1,263 @@
+"""Weights that FSDP2 gathers in 8 bits: half of the bytes of bfloat16 on the wire, and no cast where they are whole.
+
+    rows of a process, cast by the scale of the whole -> all-gather of bytes -> Gathered [F, H], whose cast `fp8_linears` takes
+
+With one scale for a tensor, that is of all processes, and of all weights that are cast together: it comes from one all-reduce of
+the largest absolute values of all weights, at the first gather after they have changed. With one for a row nothing is reduced: rows
+are whole on a process, and their scales travel in the same all-gather. So a step has the bits of one that gathers the weights as
+they are: the cast of a part with the scale of the whole is the part of the cast.
+
+Parameters stay what they are: the DTensors of FSDP2, in their dtype, in the optimizer and in every state_dict. What torch looks up
+before it gathers (`fsdp_pre_all_gather`, `fsdp_post_all_gather`) is set as attributes on the local tensor of a parameter, where no
+copy of it has them; a parameter that is replaced is gathered as it is.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import distributed
+
+from automodel_accel.kernels.fp8_linear import casts as casts_of_torch
+from automodel_accel.kernels.fp8_linear.casts import Cast, saturated
+from automodel_accel.kernels.fp8_linear.scaling import formats_here, scale_of
+from automodel_accel.kernels.fp8_linear.weights import STEPS
+
+PRE, POST = "fsdp_pre_all_gather", "fsdp_post_all_gather"  # names that FSDP2 looks up
+aten = torch.ops.aten
+
+
+class Gathered(torch.Tensor):
+    """A weight [F, H] that is there in 8 bits alone. To any other operation it is the values that they stand for; none may write."""
+
+    _extension: "_Extension"
+
+    @staticmethod
+    def __new__(cls, extension: "_Extension", like: torch.Tensor, dtype: torch.dtype) -> "Gathered":
+        """A tensor of the shape of `like` and of `dtype`, without memory of its own."""
+        made = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=dtype, device=like.device)
+        made._extension = extension
+        return made
+
+    @property
+    def cast(self) -> Cast:
+        """As it was gathered last: q [F, H], and its scale, [] or [F, 1]."""
+        assert self._extension.cast is not None
+        return self._extension.cast
+
+    def values(self) -> torch.Tensor:
+        """What the cast stands for, exactly where the dtype has its range."""
+        cast = self.cast
+        assert cast.q is not None
+        return (cast.q.float() * cast.scale).to(self.dtype)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func._schema.is_mutable:
+            raise RuntimeError(
+                f"fp8_linear: {func} would write into a weight that was gathered in 8 bits; write into the parameter outside of "
+                "the forward, or gather it as it is."
+            )
+        this = args[0]
+        if func is aten.detach.default or (func is aten.as_strided.default and _is_whole(this, *args[1:])):
+            return Gathered(this._extension, this, this.dtype)
+        args, kwargs = torch.utils._pytree.tree_map_only(Gathered, Gathered.values, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _is_whole(this: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> bool:
+    return tuple(size) == this.shape and tuple(stride) == this.stride() and not offset
+
+
+def is_gathered(weights: Sequence[torch.Tensor]) -> bool:
+    """Whether one of these is a weight that was gathered in 8 bits."""
+    return any(isinstance(weight, Gathered) for weight in weights)
+
+
+def joined(weights: Sequence[torch.Tensor], rowwise: bool) -> Cast | None:
+    """The cast of weights that were gathered in 8 bits for this kind of scale and together, without q_t; else None."""
+    if not all(isinstance(weight, Gathered) for weight in weights):
+        return None
+    cast, *others = (weight.cast for weight in weights if isinstance(weight, Gathered))
+    if rowwise != bool(cast.scale.dim()):
+        return None
+    if not others:
+        return cast
+    if not rowwise and any(other.scale is not cast.scale for other in others):
+        return None
+    parts = [part.q for part in (cast, *others) if part.q is not None]
+    q = torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
+    return Cast(q, None, torch.cat([part.scale for part in (cast, *others)]) if rowwise else cast.scale)
+
+
+def objection(weight: torch.Tensor) -> str | None:
+    """Why this parameter cannot be gathered in 8 bits, or None."""
+    placements: Any = getattr(weight, "placements", None)
+    if placements is None:
+        return "it is no parameter of FSDP2; fully_shard comes first"
+    *others, last = placements
+    if type(last).__name__ != "Shard" or not last.is_shard(0) or not all(other.is_replicate() for other in others):
+        return f"it lies as {tuple(placements)}; rows over the processes are what is gathered"
+    local, mesh = _local(weight), _mesh(weight)
+    count = mesh.size(mesh.ndim - 1)
+    if count == 1:
+        return "one process has all of it: nothing is gathered"
+    if weight.dim() != 2 or weight.shape[0] % count:
+        return f"its shape {tuple(weight.shape)} has no equal rows for {count} processes"
+    if local.is_meta:
+        return "it is on the meta device; its values come first"
+    if local.device.type != mesh.device_type:
+        return f"it is kept on {local.device.type} and gathered on {mesh.device_type} (CPUOffloadPolicy)"
+    return None
+
+
+def gather_in_8_bits(
+    groups: Sequence[Sequence[torch.Tensor]], rowwise: bool, casts: ModuleType = casts_of_torch
+) -> Callable[[], None]:
+    """From now on FSDP2 gathers these parameters in 8 bits: between `fully_shard` and the first forward, in every process alike.
+
+    Args:
+        groups: Of parameters [F, H] of linears; those of one group are cast together (they share an input).
+        rowwise: Whether each row has a scale of its own, as the `Recipe` has it; else one serves a group.
+        casts: What casts: casts.py or casts_fused.py.
+
+    Returns:
+        What undoes it.
+
+    Raises:
+        ValueError: a parameter cannot be gathered so; see `objection`. From what is returned: FSDP2 has gathered already, and
+            keeps what it allocated for that.
+    """
+    for weight in (weight for group in groups for weight in group):
+        if (reason := objection(weight)) is not None:
+            raise ValueError(f"fp8_linear: a weight cannot be gathered in 8 bits: {reason}.")
+    STEPS.watch()
+    extensions = []
+    for alike in _of_one_mesh(groups):
+        scales = None if rowwise else _Scales(alike)
+        for number, group in enumerate(alike):
+            extensions += [_Extension(weight, scales, number, casts) for weight in group]
+    for extension in extensions:
+        extension.set()
+
+    def undo() -> None:
+        if any(extension.cast is not None for extension in extensions):
+            raise ValueError(
+                "fp8_linear: FSDP2 has gathered in 8 bits already, and keeps what it allocated for that; save the model, build "
+                "it again and load it, without fp8."
+            )
+        for extension in extensions:
+            extension.remove()
+
+    return undo
+
+
+def _of_one_mesh(groups: Sequence[Sequence[torch.Tensor]]) -> list[list[Sequence[torch.Tensor]]]:
+    found: dict[Any, list[Sequence[torch.Tensor]]] = {}
+    for group in groups:
+        if len({_mesh(weight) for weight in group}) != 1:
+            raise ValueError("fp8_linear: weights that are cast together are sharded over different processes.")
+        found.setdefault(_mesh(group[0]), []).append(group)
+    return list(found.values())
+
+
+class _Extension:
+    """What FSDP2 calls for one parameter. Nothing in it keeps the parameter alive."""
+
+    def __init__(self, weight: torch.Tensor, scales: "_Scales | None", group: int, casts: ModuleType) -> None:
+        self._weight = weakref.ref(weight)
+        self._scales, self._group, self._casts = scales, group, casts
+        self.cast: Cast | None = None
+
+    def set(self) -> None:
+        local = _local(_alive(self._weight))
+        setattr(local, PRE, self.fsdp_pre_all_gather)
+        setattr(local, POST, self.fsdp_post_all_gather)
+
+    def remove(self) -> None:
+        local = _local(_alive(self._weight))
+        for name in (PRE, POST):
+            vars(local).pop(name, None)
+
+    @torch.no_grad()
+    def fsdp_pre_all_gather(
+        self, mesh: Any, outer_size: torch.Size, outer_stride: tuple[int, ...], module: torch.nn.Module, mp_policy: Any
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """What this process sends, and what `fsdp_post_all_gather` is given: the bytes, and the scale where one serves all."""
+        weight, e4m3 = _alive(self._weight), formats_here().e4m3
+        x = _local(weight).detach().to(mp_policy.param_dtype or weight.dtype)
+        if self._scales is None:
+            cast = self._casts.cast_rows([x], e4m3, True)
+            return (cast.q.view(torch.uint8), cast.scale), None
+        scale = self._scales.of(self._group, weight, mesh, x.dtype)
+        return (saturated(x, 1 / scale, e4m3).view(torch.uint8),), scale
+
+    def fsdp_post_all_gather(
+        self,
+        all_gather_outputs: tuple[torch.Tensor, ...],
+        metadata: torch.Tensor | None,
+        param_dtype: torch.dtype,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
+        """The whole weight; `out` is what was returned before, and finds its new cast here."""
+        q, *scale = all_gather_outputs
+        self.cast = Cast(q.view(formats_here().e4m3), None, scale[0] if metadata is None else metadata)
+        return None if out is not None else (Gathered(self, q, param_dtype), ())
+
+
+class _Scales:
+    """One scale for each group of weights, measured for all of them when one has changed."""
+
+    def __init__(self, groups: Sequence[Sequence[torch.Tensor]]) -> None:
+        self._groups = [[weakref.ref(weight) for weight in group] for group in groups]
+        self._states: dict[int, tuple[int, ...]] = {}
+        self._scales: tuple[torch.Tensor, ...] = ()
+
+    def of(self, group: int, weight: torch.Tensor, mesh: Any, dtype: torch.dtype) -> torch.Tensor:
+        """Float32 [], the same object for all weights of a group. What decides whether to measure is the same in every process."""
+        if self._states.get(id(weight)) != _state(weight):
+            self._measure(mesh, dtype)
+        return self._scales[group]
+
+    def _measure(self, mesh: Any, dtype: torch.dtype) -> None:
+        groups = [[_alive(weight) for weight in group] for group in self._groups]
+        self._states = {id(weight): _state(weight) for group in groups for weight in group}
+        amax = torch.stack([torch.stack([_amax(_local(weight)) for weight in group]).amax() for group in groups])
+        bits = amax.view(
+            torch.int32
+        )  # whose order is that of what is not negative, and NaN the largest: in every backend
+        distributed.all_reduce(bits, distributed.ReduceOp.MAX, group=mesh.get_group())
+        self._scales = scale_of(amax.to(dtype).float(), formats_here().e4m3).unbind()
+
+
+def _amax(x: torch.Tensor) -> torch.Tensor:
+    largest: torch.Tensor = torch.linalg.vector_norm(x.detach(), float("inf"), dtype=torch.float32)
+    return largest.abs()  # NaN without its sign
+
+
+def _state(weight: torch.Tensor) -> tuple[int, ...]:
+    return STEPS.count, weight._version, _local(weight)._version
+
+
+def _alive(weight: weakref.ref[torch.Tensor]) -> torch.Tensor:
+    found = weight()
+    assert found is not None, "FSDP2 keeps the parameter for as long as it gathers it"
+    return found
+
+
+def _local(weight: Any) -> torch.Tensor:
+    """The tensor that FSDP2 holds; what `to_local` gives is another object."""
+    found: torch.Tensor = weight._local_tensor
+    return found
+
+
+def _mesh(weight: Any) -> Any:
+    return weight.device_mesh
