@@ -21,8 +21,8 @@ import torch
 from torch import distributed
 
 from automodel_accel.kernels.fp8_linear import casts as casts_of_torch
-from automodel_accel.kernels.fp8_linear.casts import Cast, saturated
-from automodel_accel.kernels.fp8_linear.scaling import formats_here, scale_of
+from automodel_accel.kernels.fp8_linear.casts import Cast
+from automodel_accel.kernels.fp8_linear.scaling import formats_here
 from automodel_accel.kernels.fp8_linear.weights import STEPS
 
 PRE, POST = "fsdp_pre_all_gather", "fsdp_post_all_gather"  # names that FSDP2 looks up
@@ -85,13 +85,12 @@ def joined(weights: Sequence[torch.Tensor], rowwise: bool) -> Cast | None:
     """The cast of weights that were gathered in 8 bits for this kind of scale and together, without q_t; else None."""
     if not all(isinstance(weight, Gathered) for weight in weights):
         return None
-    cast, *others = (weight.cast for weight in weights if isinstance(weight, Gathered))
-    if rowwise != bool(cast.scale.dim()):
+    extensions = [weight._extension for weight in weights if isinstance(weight, Gathered)]
+    if {extension.alike for extension in extensions} != {None if rowwise else extensions[0].alike}:
         return None
+    cast, *others = (weight.cast for weight in weights if isinstance(weight, Gathered))
     if not others:
         return cast
-    if not rowwise and any(other.scale is not cast.scale for other in others):
-        return None
     parts = [part.q for part in (cast, *others) if part.q is not None]
     q = torch.cat([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
     return Cast(q, None, torch.cat([part.scale for part in (cast, *others)]) if rowwise else cast.scale)
@@ -140,10 +139,10 @@ def gather_in_8_bits(
             raise ValueError(f"fp8_linear: a weight cannot be gathered in 8 bits: {reason}.")
     STEPS.watch()
     extensions = []
-    for alike in _of_one_mesh(groups):
-        scales = None if rowwise else _Scales(alike)
-        for number, group in enumerate(alike):
-            extensions += [_Extension(weight, scales, number, casts) for weight in group]
+    for of_mesh in _of_one_mesh(groups):
+        largest = _Largest(of_mesh)
+        for number, group in enumerate(of_mesh):
+            extensions += [_Extension(weight, None if rowwise else (largest, number), casts) for weight in group]
     for extension in extensions:
         extension.set()
 
@@ -169,11 +168,16 @@ def _of_one_mesh(groups: Sequence[Sequence[torch.Tensor]]) -> list[list[Sequence
 
 
 class _Extension:
-    """What FSDP2 calls for one parameter. Nothing in it keeps the parameter alive."""
+    """What FSDP2 calls for one parameter. Nothing in it keeps the parameter alive.
 
-    def __init__(self, weight: torch.Tensor, scales: "_Scales | None", group: int, casts: ModuleType) -> None:
-        self._weight = weakref.ref(weight)
-        self._scales, self._group, self._casts = scales, group, casts
+    Attributes:
+        alike: Where the largest value comes from that gives the scale; None: each row has its own.
+        cast: As it was gathered last.
+    """
+
+    def __init__(self, weight: torch.Tensor, alike: "tuple[_Largest, int] | None", casts: ModuleType) -> None:
+        self._weight, self._casts = weakref.ref(weight), casts
+        self.alike = alike
         self.cast: Cast | None = None
 
     def set(self) -> None:
@@ -193,11 +197,13 @@ class _Extension:
         """What this process sends, and what `fsdp_post_all_gather` is given: the bytes, and the scale where one serves all."""
         weight, e4m3 = _alive(self._weight), formats_here().e4m3
         x = _local(weight).detach().to(mp_policy.param_dtype or weight.dtype)
-        if self._scales is None:
+        if self.alike is None:
             cast = self._casts.cast_rows([x], e4m3, True)
             return (cast.q.view(torch.uint8), cast.scale), None
-        scale = self._scales.of(self._group, weight, mesh, x.dtype)
-        return (saturated(x, 1 / scale, e4m3).view(torch.uint8),), scale
+        largest, number = self.alike
+        amax_R = largest.of(number, weight, mesh).to(x.dtype).float().repeat(len(x))
+        cast = self._casts.cast_rows([x], e4m3, False, amax_R=amax_R)
+        return (cast.q.view(torch.uint8),), cast.scale
 
     def fsdp_post_all_gather(
         self,
@@ -213,29 +219,26 @@ class _Extension:
         return None if out is not None else (Gathered(self, q, param_dtype), ())
 
 
-class _Scales:
-    """One scale for each group of weights, measured for all of them when one has changed."""
+class _Largest:
+    """The largest absolute value of each group of weights, measured for all of them when one has changed."""
 
     def __init__(self, groups: Sequence[Sequence[torch.Tensor]]) -> None:
         self._groups = [[weakref.ref(weight) for weight in group] for group in groups]
         self._states: dict[int, tuple[int, ...]] = {}
-        self._scales: tuple[torch.Tensor, ...] = ()
+        self._amax = torch.empty(0)
 
-    def of(self, group: int, weight: torch.Tensor, mesh: Any, dtype: torch.dtype) -> torch.Tensor:
-        """Float32 [], the same object for all weights of a group. What decides whether to measure is the same in every process."""
+    def of(self, group: int, weight: torch.Tensor, mesh: Any) -> torch.Tensor:
+        """Float32 []. What decides whether to measure is the same in every process."""
         if self._states.get(id(weight)) != _state(weight):
-            self._measure(mesh, dtype)
-        return self._scales[group]
+            self._measure(mesh)
+        return self._amax[group]
 
-    def _measure(self, mesh: Any, dtype: torch.dtype) -> None:
+    def _measure(self, mesh: Any) -> None:
         groups = [[_alive(weight) for weight in group] for group in self._groups]
         self._states = {id(weight): _state(weight) for group in groups for weight in group}
-        amax = torch.stack([torch.stack([_amax(_local(weight)) for weight in group]).amax() for group in groups])
-        bits = amax.view(
-            torch.int32
-        )  # whose order is that of what is not negative, and NaN the largest: in every backend
-        distributed.all_reduce(bits, distributed.ReduceOp.MAX, group=mesh.get_group())
-        self._scales = scale_of(amax.to(dtype).float(), formats_here().e4m3).unbind()
+        self._amax = torch.stack([torch.stack([_amax(_local(weight)) for weight in group]).amax() for group in groups])
+        # as integers: in their order what is not negative keeps its own, and NaN is the largest, in every backend
+        distributed.all_reduce(self._amax.view(torch.int32), distributed.ReduceOp.MAX, group=mesh.get_group())
 
 
 def _amax(x: torch.Tensor) -> torch.Tensor:
@@ -244,7 +247,8 @@ def _amax(x: torch.Tensor) -> torch.Tensor:
 
 
 def _state(weight: torch.Tensor) -> tuple[int, ...]:
-    return STEPS.count, weight._version, _local(weight)._version
+    """Of a parameter that is written to from outside of optimizers too; frozen ones see no steps."""
+    return STEPS.count if weight.requires_grad else 0, weight._version, _local(weight)._version
 
 
 def _alive(weight: weakref.ref[torch.Tensor]) -> torch.Tensor:

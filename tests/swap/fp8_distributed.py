@@ -25,6 +25,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from automodel_accel.kernels.fp8_linear import Recipe, fp8_linears, sharded
 from automodel_accel.kernels.fp8_linear.weights import HeldCast
@@ -64,6 +65,18 @@ class Block(nn.Module):
         return fp8_linears(x, weights, biases, self.recipe, held=self.held[number])
 
 
+class Blocks(nn.Sequential):
+    """One after the other."""
+
+    checkpointed = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, H] -> [N, H]."""
+        for block in self:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return x
+
+
 @dataclass(frozen=True)
 class Run:
     """How a model is trained.
@@ -76,6 +89,9 @@ class Run:
         own_rows: Whether each process has rows of its own.
         micro: Micro-batches of a step.
         held: Whether casts are held.
+        checkpointed: Whether blocks are computed again in backward.
+        frozen: Whether the weights of the linears do not train.
+        hybrid: Whether the mesh has a dimension of replicas too.
         reshard: Whether FSDP2 frees what it gathered between forward and backward.
     """
 
@@ -86,6 +102,9 @@ class Run:
     own_rows: bool = True
     micro: int = 1
     held: bool = False
+    checkpointed: bool = False
+    frozen: bool = False
+    hybrid: bool = False
     reshard: bool = True
 
 
@@ -108,17 +127,20 @@ class Wire(TorchDispatchMode):
 def build(run: Run) -> nn.Sequential:
     """The same in every process; rows of the last one are larger, so that no scale of a part is that of the whole."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(Block(run.held) for _ in range(LAYERS))).to(run.dtype)
+    model = Blocks(*(Block(run.held) for _ in range(LAYERS))).to(run.dtype)
+    model.checkpointed = run.checkpointed
     for block in model:
         block.recipe = run.recipe
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 parameter[len(parameter) // 2 :] *= 5 if "k." in name else 3
+            parameter.requires_grad_(parameter.dim() == 1 or not run.frozen)
     if run.gathered == "whole":
         return model
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if run.mixed else MixedPrecisionPolicy()
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    shape = (1, dist.get_world_size()) if run.hybrid else (dist.get_world_size(),)
+    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "rows")[-len(shape) :])
     for unit in (*model, model):
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=run.reshard)
     if run.gathered == "8 bits":
@@ -150,7 +172,8 @@ def train(run: Run, model: Any) -> list[torch.Tensor]:
             if run.gathered != "whole":
                 model.set_requires_gradient_sync(micro == run.micro - 1)
             x = rows(run, run.micro * number + micro)
-            loss = model(x.bfloat16() if run.mixed else x).float().square().mean()
+            x = x.bfloat16() if run.mixed else x
+            loss = model(x).float().square().mean()
             loss.backward()
             found.append(loss.detach())
         optimizer.step()
@@ -180,6 +203,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16},
     "mixed": {"mixed": True},
     "accumulated": {"micro": MICRO},
+    "checkpointed": {"checkpointed": True},
+    "frozen": {"frozen": True},
+    "hybrid": {"hybrid": True},
     "kept": {"reshard": False, "wide": True},
 }
 
