@@ -12,7 +12,7 @@ before it gathers (`fsdp_pre_all_gather`, `fsdp_post_all_gather`) is set as attr
 copy of it has them; a parameter that is replaced is gathered as it is.
 """
 
-import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -167,8 +167,21 @@ def _of_one_mesh(groups: Sequence[Sequence[torch.Tensor]]) -> list[list[Sequence
     return list(found.values())
 
 
+class _Hook:
+    """A method on a tensor; where that is copied or pickled, an empty dict takes its place, which needs nothing of ours."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.__wrapped__ = method  # whose signature FSDP2 reads
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__wrapped__(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()
+
+
 class _Extension:
-    """What FSDP2 calls for one parameter. Nothing in it keeps the parameter alive.
+    """What FSDP2 calls for one parameter.
 
     Attributes:
         alike: Where the largest value comes from that gives the scale; None: each row has its own.
@@ -176,26 +189,25 @@ class _Extension:
     """
 
     def __init__(self, weight: torch.Tensor, alike: "tuple[_Largest, int] | None", casts: ModuleType) -> None:
-        self._weight, self._casts = weakref.ref(weight), casts
+        self._weight, self._casts = weight, casts
         self.alike = alike
         self.cast: Cast | None = None
 
     def set(self) -> None:
-        local = _local(_alive(self._weight))
-        setattr(local, PRE, self.fsdp_pre_all_gather)
-        setattr(local, POST, self.fsdp_post_all_gather)
+        """On the local tensor of the parameter."""
+        vars(_local(self._weight)).update({PRE: _Hook(self.pre_all_gather), POST: _Hook(self.post_all_gather)})
 
     def remove(self) -> None:
-        local = _local(_alive(self._weight))
+        """From it."""
         for name in (PRE, POST):
-            vars(local).pop(name, None)
+            vars(_local(self._weight)).pop(name, None)
 
     @torch.no_grad()
-    def fsdp_pre_all_gather(
+    def pre_all_gather(
         self, mesh: Any, outer_size: torch.Size, outer_stride: tuple[int, ...], module: torch.nn.Module, mp_policy: Any
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-        """What this process sends, and what `fsdp_post_all_gather` is given: the bytes, and the scale where one serves all."""
-        weight, e4m3 = _alive(self._weight), formats_here().e4m3
+        """What this process sends, and what `post_all_gather` is given: the bytes, and the scale where one serves all."""
+        weight, e4m3 = self._weight, formats_here().e4m3
         x = _local(weight).detach().to(mp_policy.param_dtype or weight.dtype)
         if self.alike is None:
             cast = self._casts.cast_rows([x], e4m3, True)
@@ -205,7 +217,7 @@ class _Extension:
         cast = self._casts.cast_rows([x], e4m3, False, amax_R=amax_R)
         return (cast.q.view(torch.uint8),), cast.scale
 
-    def fsdp_post_all_gather(
+    def post_all_gather(
         self,
         all_gather_outputs: tuple[torch.Tensor, ...],
         metadata: torch.Tensor | None,
@@ -223,7 +235,7 @@ class _Largest:
     """The largest absolute value of each group of weights, measured for all of them when one has changed."""
 
     def __init__(self, groups: Sequence[Sequence[torch.Tensor]]) -> None:
-        self._groups = [[weakref.ref(weight) for weight in group] for group in groups]
+        self._groups = groups
         self._states: dict[int, tuple[int, ...]] = {}
         self._amax = torch.empty(0)
 
@@ -234,27 +246,20 @@ class _Largest:
         return self._amax[group]
 
     def _measure(self, mesh: Any) -> None:
-        groups = [[_alive(weight) for weight in group] for group in self._groups]
-        self._states = {id(weight): _state(weight) for group in groups for weight in group}
-        self._amax = torch.stack([torch.stack([_amax(_local(weight)) for weight in group]).amax() for group in groups])
+        self._states = {id(weight): _state(weight) for group in self._groups for weight in group}
+        self._amax = torch.stack([torch.stack(list(map(_amax, group))).amax() for group in self._groups])
         # as integers: in their order what is not negative keeps its own, and NaN is the largest, in every backend
         distributed.all_reduce(self._amax.view(torch.int32), distributed.ReduceOp.MAX, group=mesh.get_group())
 
 
-def _amax(x: torch.Tensor) -> torch.Tensor:
-    largest: torch.Tensor = torch.linalg.vector_norm(x.detach(), float("inf"), dtype=torch.float32)
+def _amax(weight: torch.Tensor) -> torch.Tensor:
+    largest: torch.Tensor = torch.linalg.vector_norm(_local(weight).detach(), float("inf"), dtype=torch.float32)
     return largest.abs()  # NaN without its sign
 
 
 def _state(weight: torch.Tensor) -> tuple[int, ...]:
     """Of a parameter that is written to from outside of optimizers too; frozen ones see no steps."""
     return STEPS.count if weight.requires_grad else 0, weight._version, _local(weight)._version
-
-
-def _alive(weight: weakref.ref[torch.Tensor]) -> torch.Tensor:
-    found = weight()
-    assert found is not None, "FSDP2 keeps the parameter for as long as it gathers it"
-    return found
 
 
 def _local(weight: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ process leaves FOLDER/rank.json: for each check, what was wrong (empty where not
 import tests.conftest  # noqa: F401, I001  # the environment of the tests, before anything of ours is imported
 
 import copy
+import functools
 import io
 import json
 import sys
@@ -139,13 +140,18 @@ def build(run: Run) -> nn.Sequential:
     if run.gathered == "whole":
         return model
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if run.mixed else MixedPrecisionPolicy()
-    shape = (1, dist.get_world_size()) if run.hybrid else (dist.get_world_size(),)
-    mesh = dist.init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "rows")[-len(shape) :])
     for unit in (*model, model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=run.reshard)
+        fully_shard(unit, mesh=mesh_of(run.hybrid), mp_policy=policy, reshard_after_forward=run.reshard)
     if run.gathered == "8 bits":
         sharded.gather_in_8_bits(weights_of(model), run.recipe.rowwise)
     return model
+
+
+@functools.cache
+def mesh_of(hybrid: bool) -> Any:
+    """Of all processes; `hybrid`: with a dimension of replicas."""
+    names = ("replicas", "rows") if hybrid else ("rows",)
+    return dist.init_device_mesh("cpu", (1, dist.get_world_size())[-len(names) :], mesh_dim_names=names)
 
 
 def weights_of(model: nn.Sequential) -> list[list[torch.Tensor]]:
@@ -242,7 +248,10 @@ def mutant(recipe: Recipe, *mistakes: Any) -> dict[str, Any]:
 
 
 def checkpoints(recipe: Recipe) -> dict[str, Any]:
-    """Names, dtypes and values of a state_dict are as without, in training too; loading one is seen by the next forward."""
+    """Names, dtypes and values of a state_dict are as without, in training too; loading one is seen by the next forward.
+
+    Parameters themselves can be saved, and converted: then they are gathered as they are.
+    """
     run = Run(recipe)
     model, plain = build(run), build(replace(run, gathered="plain"))
     train(run, model)
@@ -251,13 +260,17 @@ def checkpoints(recipe: Recipe) -> dict[str, Any]:
     kinds = [{k: (type(v), v.dtype, v.placements) for k, v in one.items()} for one in (state, expected)]
     problem = same([v.full_tensor() for v in state.values()], [v.full_tensor() for v in expected.values()])
     names = [name for v in state.values() for name in vars(v._local_tensor)]
-    torch.save(state, file := io.BytesIO())
+    torch.save((state, dict(model.named_parameters())), file := io.BytesIO())
     new = build(replace(run, gathered="plain"))
-    new.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=False))
+    again, parameters = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    new.load_state_dict(again)
+    problem += same(list(parameters.values()), list(new.parameters()))
     x, other = rows(run, 0), build(replace(run, gathered="plain"))
     problem += same([model(x), new(x)], [plain(x), plain(x)])
     model.load_state_dict(other.state_dict())
     problem += same([model(x)], [other(x)])
+    fresh = [build(replace(run, gathered=how)).bfloat16() for how in ("8 bits", "plain")]
+    problem += same(*([one(x.bfloat16())] for one in fresh))
     return {"problem": problem, "kinds": kinds[0] == kinds[1], "attributes": names}
 
 
@@ -324,8 +337,7 @@ def refusals() -> dict[str, Any]:
     run = Run(Recipe())
     model = build(replace(run, gathered="plain"))
     plain = build(replace(run, gathered="whole"))
-    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
-    odd, norm = fully_shard(nn.Linear(16, 33), mesh=mesh).weight, model[0].norm.weight
+    odd, norm = fully_shard(nn.Linear(16, 33), mesh=mesh_of(False)).weight, model[0].norm.weight
     early = sharded.gather_in_8_bits(weights_of(model), rowwise=False)
     early()
     attributes = [name for group in weights_of(model) for weight in group for name in vars(weight._local_tensor)]
