@@ -95,8 +95,13 @@ def fp8_linears(
     _check(x, weights, biases)
     if x.numel() == 0:
         return tuple(torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-    module = implementation_module(KERNEL, x.device.type, x.dtype, x.shape[-1], implementation)
-    return _Fp8Linears.apply((module, recipe, held, source), x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
+    kind = x.device.type
+    module = implementation_module(KERNEL, kind, x.dtype, x.shape[-1], implementation)
+    if not torch.is_autocast_enabled(kind):
+        return _Fp8Linears.apply((module, recipe, held, source, x.dtype), x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):  # which would round inside of emulated products
+        return _Fp8Linears.apply((module, recipe, held, source, dtype), x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _check(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
@@ -121,14 +126,14 @@ class _Fp8Linears(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        how: tuple[Any, Recipe, HeldCast | None, Source | None],
+        how: tuple[Any, Recipe, HeldCast | None, Source | None, torch.dtype],
         x: torch.Tensor,
         *rest: Any,
     ) -> Any:
-        module, recipe, held, source = how
+        module, recipe, held, source, dtype = how
         weights, biases = halves(rest)
         needs_w = any(halves(ctx.needs_input_grad[FIRST:])[0])
-        engine, dtype = recipe.engine or engine_on(x.device.type), _compute_dtype(x)
+        engine = recipe.engine or engine_on(x.device.type)
         cast = functools.partial(module.cast_rows, dtype=formats_here().e4m3, rowwise=recipe.rowwise)
         cast_weights = functools.partial(cast, transposed=needs_w)
         key = (module, recipe.rowwise, needs_w)
@@ -205,11 +210,6 @@ def _cast_again(ctx: Any, kept: Sequence[torch.Tensor]) -> Cast:
         return Cast(None, q_t, scale)
     x = ctx.source.again(tuple(kept)).reshape(-1, ctx.x_shape[-1])
     return ctx.cast([x], straight=False, transposed=True)  # type: ignore[no-any-return]
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _scales(scale: torch.Tensor, widths: Sequence[int]) -> Sequence[torch.Tensor]:
