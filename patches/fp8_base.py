@@ -84,12 +84,16 @@ def is_released(base: Any) -> bool:
 def held(bases: Sequence[Any]) -> HeldCast | None:
     """The cast of these linears together, where their weights are not there; None where they are."""
     records = [vars(base).get(RECORD) for base in bases]
-    joined = records[0].joined if records[0] is not None else None
-    if joined is None or any(record is None or record.joined is not joined for record in records):
-        for base in bases:
-            put_back(base)
-        return None
-    return _Ready(joined)
+    first = records[0]
+    if first is not None and first.joined is not None and not any(base.weight.requires_grad for base in bases):
+        if len(bases) == 1 and first.own is not None:
+            return _Ready(first.own)
+        rows = sum(len(base.weight) for base in bases)
+        if len(first.joined.q) == rows and all(one is not None and one.joined is first.joined for one in records):
+            return _Ready(first.joined)
+    for base in bases:
+        put_back(base)
+    return None
 
 
 def release(bases: Sequence[Any], cast: Cast | None) -> bool:
