@@ -20,7 +20,7 @@ from torch import nn
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.facts import Facts
 from automodel_accel.kernels.fp8_linear import KERNEL, MULTIPLE, Recipe, fp8_linears
-from automodel_accel.kernels.fp8_linear.products import is_fast
+from automodel_accel.kernels.fp8_linear.products import NATIVE, engine_on, is_fast
 from automodel_accel.kernels.fp8_linear.weights import HeldCast
 from automodel_accel.kernels.lora.beside import beside
 from automodel_accel.kernels.recompute import region, source_of
@@ -150,6 +150,7 @@ class Fp8Patch(LinearPatch):
         choices = context.choices(KERNEL, dtype, bases[0].in_features)
         paths = tuple(self._paths[id(module)] for module in (*members, *parents))
         label = f"{form.recipe}, {_said(groups, bases)}" + (", LoRA beside" if any(adapted) else "")
+        label += _slower(context.facts)
         inside = tuple(self._paths[id(base)] for base in bases)
         return Claim(
             self.fusion, paths, label, dtype, form, choices, part="fp8 linear", taken=(*paths[: len(members)], *inside)
@@ -277,6 +278,14 @@ def _no_gain(context: Context) -> Refusal | None:
 
 def _is_fast(facts: Facts) -> bool:
     return facts.device == "cuda" and is_fast(facts.arch)
+
+
+def _slower(facts: Facts) -> str:
+    """What to expect where the hardware does not multiply 8-bit values."""
+    if _is_fast(facts):
+        return ""
+    how = "computed by torch" if engine_on(facts.device) == NATIVE else "emulated"
+    return f"; {how} on this {facts.device} ({facts.arch}), slower than without fp8"
 
 
 def _is_chosen(path: str, patterns: Sequence[str]) -> bool:

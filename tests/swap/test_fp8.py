@@ -280,6 +280,8 @@ def test_auto_takes_what_pays() -> None:
     (refused,) = refusals(tiny(), fp8="auto").values()
     assert f"({this_machine().arch}) multiplies 8-bit values no faster" in refused
     assert accel.report(applied(tiny(), fp8="auto", strict=True)).places("fp8") == 0
+    assert "slower than without fp8" in str(accel.plan(tiny(), fp8="rowwise")).replace("\n", " ")
+    assert "slower" not in " ".join(claim.label for claim in claims)
 
 
 def test_a_request_that_cannot_be_met() -> None:
