@@ -148,6 +148,7 @@ class _Fp8Linears(torch.autograd.Function):
         kept = () if not needs_w else (of_x.q_t, of_x.scale) if source is None else source.tensors
         ctx.save_for_backward(*(weights if held is None else ()), *kept)
         ctx.of_w, ctx.again = (of_w, None) if held is not None else (None, cast_weights)
+        ctx.held = held
         ctx.cast, ctx.module, ctx.recipe, ctx.engine, ctx.source = cast, module, recipe, engine, source
         ctx.widths, ctx.x_shape, ctx.x_dtype, ctx.dtype = widths, x.shape, x.dtype, dtype
         ctx.dtypes = [None if one is None else one.dtype for one in rest]
@@ -184,6 +185,8 @@ class _Fp8Linears(torch.autograd.Function):
             grad_x = product(straight.q, q_t, straight.scale, scale, None, ctx.dtype, ctx.engine)
             grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
         if of_x is not None:
+            if ctx.held is not None:
+                ctx.held.passed = True
             scale, x_t = _one(of_x.scale) if rowwise else of_x.scale, of_x.q_t
             assert x_t is not None
             parts = zip(turned.q_t.split(ctx.widths), _scales(turned.scale, ctx.widths), strict=True)

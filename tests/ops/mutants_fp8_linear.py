@@ -25,7 +25,9 @@ VALUES = (
 """Caught by values and gradients."""
 
 HELD = (
-    Mutant(WEIGHTS, "self.cast is None or key != self._key or", "self.cast is None or", "the version is not looked at"),
+    Mutant(WEIGHTS, "cleared or key != self._key or", "cleared or", "the version is not looked at"),
+    Mutant(WEIGHTS, "self.cast is None or cleared or", "self.cast is None or", "a step by hand is not seen"),
+    Mutant(WEIGHTS, "self.passed and any(", "any(", "cast again in each forward before the first backward"),
     Mutant(WEIGHTS, "weight.data_ptr(), weight._version, STEPS.count", "weight._version", "steps are not counted"),
     Mutant(WEIGHTS, "self._key, self._weights = key,", "self._key, self._weights = (),", "cast anew each time"),
 )
