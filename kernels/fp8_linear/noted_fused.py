@@ -3,31 +3,7 @@
 import triton
 import triton.language as tl
 
-from automodel_accel.kernels.fp8_linear import scaling
-
-BITS, NOT_FINITE = tl.constexpr(scaling.MANTISSA_BITS), tl.constexpr(scaling.NOT_FINITE)
-ALL_MANTISSA, LEAST_BIASED = tl.constexpr(scaling.MANTISSA), tl.constexpr(scaling.LEAST)
-
-
-@triton.jit
-def magnitude(x):
-    """The bits of |x|, float32: their order is that of the values, with NaN above infinity."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def scale_of(amax, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
-    """The scale and its inverse, of the bits of a largest value, for a format whose largest value has these parts.
-
-    Of infinity the inverse is 0, of NaN it is NaN.
-    """
-    exponent = amax >> BITS
-    mantissa = amax & ALL_MANTISSA
-    biased = tl.maximum(exponent - EXPONENT + (mantissa > MANTISSA).to(tl.int32), LEAST_BIASED)
-    finite = exponent != NOT_FINITE
-    scale = tl.where(finite, biased << BITS, amax)
-    inverse = tl.where(finite, (254 - biased) << BITS, tl.where(mantissa == 0, 0, amax))
-    return scale.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
+from automodel_accel.kernels.fp8_linear.kernels_fused import magnitude, scale_of
 
 
 @triton.jit

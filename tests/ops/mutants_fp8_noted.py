@@ -9,14 +9,15 @@ ADD_RMS_NORM = "rms_norm/add_fused.py"
 GATED_LINEAR = "gated_linear/fused.py"
 
 IN_KERNEL = (
-    Mutant(KERNEL, " & 0x7FFFFFFF", "", "the largest value, not the largest absolute one"),
+    Mutant(KERNEL, "magnitude(y)", "y.to(tl.int32, bitcast=True)", "the largest value, not the largest absolute one"),
     Mutant(KERNEL, "tl.where(in_row, magnitude(y), 0)", "magnitude(y)", "what is beside the row counts"),
     Mutant(KERNEL, "y = y.to(Y.dtype.element_ty).to(tl.float32)", "y = y", "before it is rounded"),
-    Mutant(KERNEL, "(mantissa > MANTISSA)", "(mantissa >= MANTISSA)", "the format's largest value is left out"),
-    Mutant(KERNEL, "exponent - EXPONENT", "exponent - EXPONENT + 1", "half of the range"),
-    Mutant(KERNEL, ".to(tl.int32), LEAST_BIASED)", ".to(tl.int32), 1)", "a scale whose inverse is infinite"),
-    Mutant(KERNEL, "tl.where(finite, biased << BITS, amax)", "biased << BITS", "a finite scale for an infinite row"),
-    Mutant(KERNEL, "tl.where(mantissa == 0, 0, amax)", "0", "a NaN leaves the others of its row finite"),
+    Mutant(
+        KERNEL, "scale_of(amax, EXPONENT, MANTISSA)", "scale_of(amax, EXPONENT + 1, MANTISSA)", "wraps or saturates"
+    ),
+    Mutant(KERNEL, "scale_of(amax, EXPONENT, MANTISSA)", "scale_of(amax, EXPONENT, 0)", "half of the range"),
+    Mutant(KERNEL, "tl.store(SCALE + row, scale)", "tl.store(SCALE + row, inverse)", "the inverse for the scale"),
+    Mutant(KERNEL, "(y * inverse)", "(y * scale)", "the scale for its inverse"),
 )
 
 IN_HOST_CODE = (
