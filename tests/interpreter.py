@@ -5,7 +5,8 @@ arithmetic, comparison and `tl.dot` on the bit patterns. Here each operation on 
 Reductions of raw bfloat16 raise instead: their result would depend on an order that the hardware does not promise.
 
 It keeps 8-bit formats as uint8, and its cast of float32 to one of them, as shipped, rounds ties away from zero, cuts subnormals off
-and wraps past the largest value. Here it rounds to nearest even and saturates, as `cvt.rn.satfinite` does; NaN stays.
+and wraps past the largest value. Here it rounds to nearest even; NaN stays. What is past the largest value becomes that in the
+formats of NVIDIA (`cvt.rn.satfinite`), and NaN in those of gfx942 (`v_cvt_pk_fp8_f32` in the mode that is the default).
 """
 
 import functools
@@ -94,14 +95,14 @@ def _to_eight_bits(original: Callable[..., Any]) -> Callable[..., Any]:
 def _rounded_to_eight_bits(values: np.ndarray, dtype: Any) -> np.ndarray:
     """Codes of the nearest values, ties to even: a value is a whole number of the units of its exponent."""
     mantissa_bits, least, nan, most = EIGHT_BITS[dtype]
-    wide = np.minimum(np.abs(values.astype(np.float64)), most)
+    wide = np.minimum(np.abs(values.astype(np.float64)), 2 * most if dtype in ONE_ZERO else most)
     exponent = np.frexp(np.maximum(wide, 2.0**least))[1] - 1
     units = np.rint(
         np.ldexp(wide, mantissa_bits - exponent)
     )  # from 2^bits on if normal: one more carries into the exponent
-    codes = np.where(np.isnan(values), 0, units + ((exponent - least) << mantissa_bits)).astype(np.uint8)
+    codes = np.where(np.isnan(values), 0x80, units + ((exponent - least) << mantissa_bits)).astype(np.uint8)
     negative = np.signbit(values) & ((codes > 0) | (dtype not in ONE_ZERO))
-    return np.where(np.isnan(values), np.uint8(nan), codes | (negative.astype(np.uint8) << np.uint8(7)))
+    return np.where(codes > 0x7F, np.uint8(nan), codes | (negative.astype(np.uint8) << np.uint8(7)))
 
 
 def _in_float32(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ import torch
 
 from automodel_accel.kernels.fp8_linear import casts, scaling
 from automodel_accel.kernels.fp8_linear.casts import Cast
-from automodel_accel.kernels.fp8_linear.kernels_fused import (
+from automodel_accel.kernels.fp8_linear.fused import (
     amax_kernel,
     amax_sides_kernel,
     cast_rows_kernel,
@@ -59,16 +59,18 @@ def cast_rows(
         return casts.cast_rows(tensors, dtype, rowwise, straight=straight, transposed=transposed, amax_R=amax_R)
     n_rows, n_cols, like = sum(map(len, given)), given[0].shape[1], given[0]
     scale = _floats(like, n_rows if rowwise else None)
+    amax: torch.Tensor | None
     if rowwise and amax_R is None and n_cols <= LONGEST_ROW:
         q = like.new_empty(n_rows, n_cols, dtype=dtype)
         for x, first in _placed(given, 0):
             _cast_rows(x, None, q[first:], scale[first:])
         return Cast(q if straight else None, _transposed(q) if transposed else None, scale[:, None])
-    if rowwise:
-        amax = _sides(given, 0, True, None, None)[0] if amax_R is None else _bits(amax_R)
-    else:
+    if not rowwise:
         amax = _largest(given if amax_R is None else [amax_R[None]])
-    assert amax is not None
+    elif amax_R is None:
+        amax = _sides(given, 0, True, None, None)[0]
+    else:
+        amax = amax_R.contiguous().view(torch.int32)
     q, q_t = _outputs(like, n_rows, n_cols, dtype, straight or not transposed, transposed)
     for x, first in _placed(given, 0):
         end = first + len(x)
@@ -77,7 +79,7 @@ def cast_rows(
             dtype,
             _from(q, first),
             None if q_t is None else q_t[:, first : end if end < n_rows else None],
-            amax[first:] if rowwise else amax,
+            _from(amax, first) if rowwise else amax,
             scale[first:] if rowwise else scale,
         )
     return Cast(q if straight else None, q_t, scale[:, None] if rowwise else scale)
@@ -335,10 +337,6 @@ def _outputs(
 
 def _floats(like: torch.Tensor, size: int | None) -> torch.Tensor:
     return like.new_empty(() if size is None else (size,), dtype=torch.float32)
-
-
-def _bits(amax_R: torch.Tensor) -> torch.Tensor:
-    return amax_R.contiguous().view(torch.int32)
 
 
 def _placed(tensors: Sequence[torch.Tensor], dim: int) -> Iterator[tuple[torch.Tensor, int]]:

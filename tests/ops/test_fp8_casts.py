@@ -15,8 +15,8 @@ from automodel_accel.kernels import fp8_linear as package
 from automodel_accel.kernels.fp8_linear import casts, casts_fused
 from automodel_accel.kernels.fp8_linear.casts import Cast
 from automodel_accel.kernels.fp8_linear.scaling import formats_here, parts_of_largest
-from tests.ops.mutants_fp8_casts import GRADIENTS, ROWS
-from tests.ops.mutation import Mutant, check_caught
+from tests.ops.mutants_fp8_casts import HOST, KERNELS, MUTANTS
+from tests.ops.mutation import Mutant, check_caught, mutated
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16)
@@ -252,3 +252,53 @@ def test_linears_are_the_same_with_both(rowwise: bool, frozen: bool, wide_gradie
         outcomes.append([*outputs, *torch.autograd.grad(outputs, leaves, grads)])
     for ours, theirs in zip(*outcomes, strict=True):
         assert torch.equal(ours, theirs)
+
+
+UNIQUE = {KERNELS: "import triton\n", HOST: "import torch\n"}
+SMALL = {
+    "TILE_ROWS": 16,
+    "TILE_COLS": 16,
+    "FLAT": 16,
+    "SIDE_ROWS": 8,
+    "SIDE_COLS": 8,
+    "SIDE_STEPS": 2,
+    "PARTIALS": 2,
+    "PARTIAL_COLS": 16,
+}
+
+
+def check_casts(_: ModuleType) -> None:
+    """What no mutant must survive: each kernel with several tiles, steps, programs and tensors, and what is not finite."""
+    host, kernels = casts_in_force(), sys.modules["automodel_accel.kernels.fp8_linear.fused"]
+    x, y = normal(36, 48, seed=1)[::2, :40], normal(5, 40, seed=2)
+    odd = normal(5, 16, seed=3)
+    odd[0, 0], odd[1, 1], odd[2, 2] = float("nan"), float("inf"), -float("inf")
+    exact = torch.tensor([[448.0], [240.0], [2.0**-120], [449.0], [-3.0]], device=DEVICE).expand(5, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in SMALL.items():
+            patch.setattr(host, name, size)
+        for name in [name for name in vars(host) if name.endswith("_kernel")]:
+            patch.setattr(host, name, getattr(kernels, name))
+        rows_alike([exact])
+        gradients_alike([x[:, :16], normal(18, 40, seed=4)])
+        rows_alike([odd], amax_R=-torch.full((5,), float("nan"), device=DEVICE))
+        same_bits(host.transposed(x.to(E4M3)), casts.transposed(x.to(E4M3)))
+        known = torch.cat([x, y]).abs().float().amax(1) / 8
+        rows_alike([x, y], FNUZ[0] if DEVICE == "cpu" else E4M3, amax_R=known)
+        for longest in (16384, 8):
+            patch.setattr(host, "LONGEST_ROW", longest)
+            rows_alike([odd])
+            rows_alike([x, y])
+            gradients_alike([x])
+        gradients_alike([odd])
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.why)
+def test_mutants_are_caught(mutant: Mutant, tmp_path: Path) -> None:
+    check_caught(mutant, check_casts, tmp_path)
+
+
+@pytest.mark.parametrize("file", [KERNELS, HOST])
+def test_an_unchanged_copy_passes_what_catches_mutants(file: str, tmp_path: Path) -> None:
+    with mutated(Mutant(file, UNIQUE[file], UNIQUE[file], "no mistake"), tmp_path) as fp8_linear:
+        check_casts(fp8_linear)
