@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from automodel_accel.kernels.fp8_linear.kernels_fused import magnitude, scale_of
+from automodel_accel.kernels.fp8_linear.fused import magnitude, scale_of
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 Bytes per call, of the floor: forward 4 passes over [N, H] (read x and residual, write h and y) plus 4 N for rstd; backward 4
 passes (read h, grad_y and grad_h, write one gradient that x and the residual share), 5 where x was scaled or has a dtype of its
 own, plus 4 P H written and read once for the partial weight gradients of P programs. Apart, the sum and the norm take 5 and 6.
-Grid, prefetching and partial sums as in fused.py. Shapes and letters as in add_eager.py.
+Grid, prefetching, partial sums and notes as in fused.py. Shapes and letters as in add_eager.py.
 """
 
 import torch

@@ -5,6 +5,7 @@ grad_output, write grad_x) plus 4 P H written and read once for the partial weig
 A persistent grid of two programs per multiprocessor walks the rows; `num_stages` prefetches the next rows while one is
 computed, which is what keeps enough bytes in flight. No atomics: a second kernel adds the partial sums in a fixed order, and
 writes the gradient in the weight's dtype. Other norms share that kernel.
+Where asked for, forward also writes the largest value of each row of y, or a cast of it: fp8_linear/noted.py.
 Shapes and letters as in eager.py.
 """
 

@@ -8,12 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from triton.runtime import driver
 
 from automodel_accel.kernels import room
 from automodel_accel.kernels.fp8_linear.noted import Wish, noting
-from automodel_accel.kernels.fp8_linear.products import is_fast
-from automodel_accel.kernels.fp8_linear.scaling import formats_of
 from automodel_accel.kernels.gated_linear import fused as gated_linear
 from automodel_accel.kernels.linear_cross_entropy import fused as linear_cross_entropy
 from automodel_accel.kernels.rms_norm import fused as rms_norm
@@ -24,6 +21,8 @@ HIDDEN = (2048, 4096, 8192)
 ROW_SIZES = (*((torch.bfloat16, hidden) for hidden in HIDDEN), (torch.float32, HIDDEN[-1]))
 ROWS = 8
 ROOM = 24  # columns: of three adapters of rank 8, no multiple of 16
+# what multiplies in a format
+TARGETS_OF = {torch.float8_e4m3fn: ("sm_90", "sm_100"), torch.float8_e4m3fnuz: ("gfx942",)}
 SUM_NARROW = 1  # access of 2 bytes, by which a sum of partial gradients is written: a program sums few columns
 
 
@@ -58,19 +57,27 @@ def with_room(case: AotCase) -> AotCase:
     return replace(case, name=f"{case.name}/room {ROOM}", launch=launch)
 
 
-def with_note(case: AotCase, cast: bool, programs_per_processor: int | None = None) -> AotCase:
-    """The same call, which notes the largest values of its output's rows; or their cast, on targets that multiply such."""
+def with_note(case: AotCase, programs_per_processor: int | None = None) -> list[AotCase]:
+    """The same call, which notes the largest values of its output's rows, or their cast, of which fewer programs may fit."""
+    wishes = {"maxima noted": (Wish(), ()), **{f"{dtype} noted": (Wish(dtype), on) for dtype, on in TARGETS_OF.items()}}
 
-    def launch() -> None:
-        target = driver.active.get_current_target()
-        arch = str(target.arch) if target.backend == "hip" else f"sm_{target.arch}"
-        with noting(Wish(formats_of(arch).e4m3 if cast and is_fast(arch) else None)):
-            case.launch()
+    def noting_what(wish: Wish) -> Callable[[], None]:
+        def launch() -> None:
+            with noting(wish):
+                case.launch()
 
-    name = f"{case.name}/{'cast' if cast else 'maxima'} noted"
-    return replace(
-        case, name=name, launch=launch, programs_per_processor=programs_per_processor or case.programs_per_processor
-    )
+        return launch
+
+    return [
+        replace(
+            case,
+            name=f"{case.name}/{what}",
+            launch=noting_what(wish),
+            targets=targets,
+            programs_per_processor=(wish.dtype and programs_per_processor) or case.programs_per_processor,
+        )
+        for what, (wish, targets) in wishes.items()
+    ]
 
 
 def _rms_norm(dtype: torch.dtype, hidden: int, order: str = "cast_then_mul") -> list[AotCase]:
@@ -92,7 +99,7 @@ RMS_NORM = [
     *_rms_norm(torch.bfloat16, 4096, "mul_then_cast"),
     *_rms_norm(torch.bfloat16, 16384),
     with_room(_rms_norm(torch.bfloat16, 4096)[0]),
-    *(with_note(_rms_norm(torch.bfloat16, hidden)[0], cast) for hidden in (4096, 8192) for cast in (False, True)),
+    *(case for hidden in (4096, 8192) for case in with_note(_rms_norm(torch.bfloat16, hidden)[0])),
 ]
 
 
@@ -116,8 +123,7 @@ GATED_LINEAR = [
     *(case for dtype in DTYPES for case in _gated_linear(dtype, 8192, packed=True)),
     *(case for activation in ("gelu", "gelu_tanh") for case in _gated_linear(torch.bfloat16, 8192, activation)),
     with_room(_gated_linear(torch.bfloat16, 8192)[0]),
-    with_note(_gated_linear(torch.bfloat16, 8192)[0], False),
-    *(with_note(_gated_linear(torch.bfloat16, hidden)[0], True, 1) for hidden in (4096, 8192, 14336)),
+    *(case for hidden in (4096, 8192, 14336) for case in with_note(_gated_linear(torch.bfloat16, hidden)[0], 1)),
 ]
 
 
