@@ -20,10 +20,11 @@ from torch import nn
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.facts import Facts
 from automodel_accel.kernels.fp8_linear import KERNEL, MULTIPLE, Recipe, fp8_linears
-from automodel_accel.kernels.fp8_linear.products import is_fast
+from automodel_accel.kernels.fp8_linear.products import NATIVE, engine_on, is_fast
 from automodel_accel.kernels.fp8_linear.weights import HeldCast
 from automodel_accel.kernels.lora.beside import beside
 from automodel_accel.kernels.recompute import region, source_of
+from automodel_accel.patches import fp8_base as base8
 from automodel_accel.patches import fp8_proof as proof
 from automodel_accel.patches import lora
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
@@ -35,11 +36,10 @@ from automodel_accel.patches.linear import (
     LinearPatch,
     Shared,
     Sharing,
-    is_served,
     members_of_call,
     parent_forward,
 )
-from automodel_accel.patches.retype import MODEL, retype
+from automodel_accel.patches.retype import MODEL, RESTORE, restore, retype
 
 HELD = "_accel_held"  # on a linear: the cast of its weights, and of those that it is computed with
 RECIPES: Mapping[str, Recipe] = {
@@ -150,6 +150,7 @@ class Fp8Patch(LinearPatch):
         choices = context.choices(KERNEL, dtype, bases[0].in_features)
         paths = tuple(self._paths[id(module)] for module in (*members, *parents))
         label = f"{form.recipe}, {_said(groups, bases)}" + (", LoRA beside" if any(adapted) else "")
+        label += _slower(context.facts)
         inside = tuple(self._paths[id(base)] for base in bases)
         return Claim(
             self.fusion, paths, label, dtype, form, choices, part="fp8 linear", taken=(*paths[: len(members)], *inside)
@@ -172,10 +173,15 @@ class Fp8Patch(LinearPatch):
         form: Any = claim.form
         count = len(form.linears.biases)
         for member in modules[:count]:
+            base8.allow(lora.base_of(member), RECIPES[form.recipe], counts)
             forward = _member_forward(
                 type(member).forward, RECIPES[form.recipe], form.linears.recompute, proven, counts
             )
-            retype(member, {"forward": forward}, counts)
+            methods = {"forward": forward}
+            if lora.is_adapted(member):
+                methods |= {name: _with_weight(getattr(type(member), name)) for name in ("merge", "unmerge")}
+                methods[RESTORE] = lambda layer: restore(layer.base_layer)
+            retype(member, methods, counts)
         for parent in modules[count:]:
             retype(parent, {"forward": parent_forward(type(parent).forward, form.linears.groups)}, counts)
 
@@ -185,15 +191,17 @@ def _member_forward(
 ) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.training or not is_served(self, args, kwargs, in_triton=False):
+        if not self.training or not _is_plain(args, kwargs) or torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
-        x: torch.Tensor = args[0]
+        x: torch.Tensor = args[0]  # without gradients too: a reentrant checkpoint runs so first, and both must agree
         shared: Shared | None = vars(self).get(SHARED)
         shared = shared if shared is not None and shared.region == region() else None
         if shared is not None and (output := shared.take(self, x)) is not None:
             return output
         if lora.is_adapted(self) and (reason := lora.objection(self)) is not None:
             counts.count(counts.passed_on, f"fp8: LoRA by PEFT: {reason}")
+            if self.lora_variant:  # DoRA and the like read the weight
+                base8.put_back(self.base_layer)
             return original(self, x)
         key, members = members_of_call(self, shared, x)
         implementation = proven.get(key)
@@ -209,15 +217,30 @@ def _member_forward(
     return forward
 
 
+def _is_plain(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    return len(args) == 1 and not kwargs and type(args[0]) is torch.Tensor
+
+
+def _with_weight(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        base8.put_back(self.base_layer)
+        return original(self, *args, **kwargs)
+
+    return method
+
+
 def _outputs(
     members: Sequence[Any], x: torch.Tensor, recipe: Recipe, recompute: bool, implementation: str
 ) -> list[torch.Tensor]:
     """What each of them gives for x: the 8-bit product, and what its adapter adds."""
     bases = [lora.base_of(member) for member in members]
     source = source_of(x) if recompute else None
-    held = vars(members[0]).setdefault(HELD, HeldCast())
+    held = base8.held(bases) or vars(members[0]).setdefault(HELD, HeldCast())
     weights, biases = [base.weight for base in bases], [base.bias for base in bases]
     outputs = list(fp8_linears(x, weights, biases, recipe, held=held, source=source, implementation=implementation))
+    if base8.release(bases, held.cast):
+        vars(members[0]).pop(HELD)
     adapted = [i for i, member in enumerate(members) if lora.is_adapted(member)]
     if adapted:
         adapters = [lora.adapter_of(members[i]) for i in adapted]
@@ -255,6 +278,14 @@ def _no_gain(context: Context) -> Refusal | None:
 
 def _is_fast(facts: Facts) -> bool:
     return facts.device == "cuda" and is_fast(facts.arch)
+
+
+def _slower(facts: Facts) -> str:
+    """What to expect where the hardware does not multiply 8-bit values."""
+    if _is_fast(facts):
+        return ""
+    how = "computed by torch" if engine_on(facts.device) == NATIVE else "emulated"
+    return f"; {how} on this {facts.device} ({facts.arch}), slower than without fp8"
 
 
 def _is_chosen(path: str, patterns: Sequence[str]) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module
+from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module, in_triton
 from automodel_accel.kernels.fp8_linear import reference
 from automodel_accel.kernels.fp8_linear.casts import Cast
 from automodel_accel.kernels.fp8_linear.products import engine_on, product
@@ -41,6 +41,7 @@ KERNEL = Kernel(
     name="fp8_linear",
     reference=reference.fp8_linears,  # type: ignore[arg-type]  # several outputs
     implementations=(
+        in_triton("automodel_accel.kernels.fp8_linear.casts_fused"),
         Implementation(
             name="torch",
             module="automodel_accel.kernels.fp8_linear.casts",
@@ -97,8 +98,13 @@ def fp8_linears(
     if x.numel() == 0:
         return tuple(torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     held = None if is_gathered(weights) else held
-    module = implementation_module(KERNEL, x.device.type, x.dtype, x.shape[-1], implementation)
-    return _Fp8Linears.apply((module, recipe, held, source), x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
+    kind = x.device.type
+    module = implementation_module(KERNEL, kind, x.dtype, x.shape[-1], implementation)
+    if not torch.is_autocast_enabled(kind):
+        return _Fp8Linears.apply((module, recipe, held, source, x.dtype), x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):  # which would round inside of emulated products
+        return _Fp8Linears.apply((module, recipe, held, source, dtype), x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _check(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
@@ -128,14 +134,14 @@ class _Fp8Linears(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        how: tuple[Any, Recipe, HeldCast | None, Source | None],
+        how: tuple[Any, Recipe, HeldCast | None, Source | None, torch.dtype],
         x: torch.Tensor,
         *rest: Any,
     ) -> Any:
-        module, recipe, held, source = how
+        module, recipe, held, source, dtype = how
         weights, biases = halves(rest)
         needs_w = any(halves(ctx.needs_input_grad[FIRST:])[0])
-        engine, dtype = recipe.engine or engine_on(x.device.type), _compute_dtype(x)
+        engine = recipe.engine or engine_on(x.device.type)
         cast = functools.partial(module.cast_rows, dtype=formats_here().e4m3, rowwise=recipe.rowwise)
 
         def cast_weights(weights: Sequence[torch.Tensor]) -> Cast:
@@ -153,6 +159,7 @@ class _Fp8Linears(torch.autograd.Function):
         kept = () if not needs_w else (of_x.q_t, of_x.scale) if source is None else source.tensors
         ctx.save_for_backward(*(weights if held is None else ()), *kept)
         ctx.of_w, ctx.again = (of_w, None) if held is not None else (None, cast_weights)
+        ctx.held = held
         ctx.cast, ctx.module, ctx.recipe, ctx.engine, ctx.source = cast, module, recipe, engine, source
         ctx.widths, ctx.x_shape, ctx.x_dtype, ctx.dtype = widths, x.shape, x.dtype, dtype
         ctx.dtypes = [None if one is None else one.dtype for one in rest]
@@ -189,6 +196,8 @@ class _Fp8Linears(torch.autograd.Function):
             grad_x = product(straight.q, q_t, straight.scale, scale, None, ctx.dtype, ctx.engine)
             grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
         if of_x is not None:
+            if ctx.held is not None:
+                ctx.held.passed = True
             scale, x_t = _one(of_x.scale) if rowwise else of_x.scale, of_x.q_t
             assert x_t is not None
             parts = zip(turned.q_t.split(ctx.widths), _scales(turned.scale, ctx.widths), strict=True)
@@ -215,11 +224,6 @@ def _cast_again(ctx: Any, kept: Sequence[torch.Tensor]) -> Cast:
         return Cast(None, q_t, scale)
     x = ctx.source.again(tuple(kept)).reshape(-1, ctx.x_shape[-1])
     return ctx.cast([x], straight=False, transposed=True)  # type: ignore[no-any-return]
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _scales(scale: torch.Tensor, widths: Sequence[int]) -> Sequence[torch.Tensor]:

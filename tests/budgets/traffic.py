@@ -19,6 +19,7 @@ import torch
 
 from automodel_accel.kernels import launch
 from automodel_accel.kernels.activation import activation
+from automodel_accel.kernels.fp8_linear.noted import Wish, noted
 from automodel_accel.kernels.gated_linear import gated_linear
 from automodel_accel.kernels.gated_norm import gated_rms_norm
 from automodel_accel.kernels.layer_norm import add_layer_norm, layer_norm
@@ -105,13 +106,13 @@ def _queries_and_keys() -> Tensors:
 
 
 def _of_rows(
-    name: str, inputs: int, forward: int, backward: int, ours: Run, liger: Run | None = None, parameters: int = 0
+    name: str, inputs: int, forward: float, backward: int, ours: Run, liger: Run | None = None, parameters: int = 0
 ) -> TrafficCase:
     """A case whose floor is so many passes over [N, HIDDEN]; without parameters, no program serves more than one tile."""
     rows = ROWS if parameters else FEW_ROWS
     size = rows * HIDDEN * DTYPE.itemsize
     run = {"ours": ours} | ({"liger": liger} if liger else {})
-    return TrafficCase(name, _rows(rows, inputs, parameters), run, forward * size, backward * size)
+    return TrafficCase(name, _rows(rows, inputs, parameters), run, int(forward * size), backward * size)
 
 
 def _rope_floor() -> int:
@@ -132,6 +133,7 @@ def _liger(name: str, *options: object) -> Run:
 
 
 TRITON = "triton"
+MAXIMA, CAST = Wish(), Wish(torch.float8_e4m3fn)  # the latter writes half a pass more
 CASES = (
     _of_rows(
         *("rms_norm", 1, 2, 3),
@@ -173,6 +175,24 @@ CASES = (
         *("gated_linear, gelu_tanh", 2, 3, 5),
         lambda gate, up: gated_linear(gate, up, activation="gelu_tanh", implementation=TRITON),
         _liger("LigerGELUMulFunction"),
+    ),
+    _of_rows(
+        *("rms_norm, cast noted", 1, 2.5, 3),
+        lambda x, w: noted(CAST, rms_norm, x, w, EPS, implementation=TRITON),
+        parameters=1,
+    ),
+    _of_rows(
+        *("add_rms_norm, cast noted", 2, 4.5, 4),
+        lambda x, residual, w: noted(CAST, add_rms_norm, x, residual, w, EPS, implementation=TRITON),
+        parameters=1,
+    ),
+    _of_rows(
+        *("gated_linear, silu, maxima noted", 2, 3, 5),
+        lambda gate, up: noted(MAXIMA, gated_linear, gate, up, implementation=TRITON),
+    ),
+    _of_rows(
+        *("gated_linear, silu, cast noted", 2, 3.5, 5),
+        lambda gate, up: noted(CAST, gated_linear, gate, up, implementation=TRITON),
     ),
     _of_rows("activation, relu2", 1, 2, 3, lambda x: activation(x, "relu2", implementation=TRITON)),
     TrafficCase(
