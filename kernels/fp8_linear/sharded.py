@@ -85,8 +85,8 @@ def joined(weights: Sequence[torch.Tensor], rowwise: bool) -> Cast | None:
     """The cast of weights that were gathered in 8 bits for this kind of scale and together, without q_t; else None."""
     if not all(isinstance(weight, Gathered) for weight in weights):
         return None
-    extensions = [weight._extension for weight in weights if isinstance(weight, Gathered)]
-    if {extension.alike for extension in extensions} != {None if rowwise else extensions[0].alike}:
+    alike = {weight._extension.alike for weight in weights if isinstance(weight, Gathered)}
+    if len(alike) > 1 or rowwise != (None in alike):
         return None
     cast, *others = (weight.cast for weight in weights if isinstance(weight, Gathered))
     if not others:
@@ -121,6 +121,9 @@ def gather_in_8_bits(
     groups: Sequence[Sequence[torch.Tensor]], rowwise: bool, casts: ModuleType = casts_of_torch
 ) -> Callable[[], None]:
     """From now on FSDP2 gathers these parameters in 8 bits: between `fully_shard` and the first forward, in every process alike.
+
+    Torch itself refuses what comes too late: this after the first forward (AttributeError), and after the first gather another
+    parameter in the place of one of these (RuntimeError; `load_state_dict(assign=True)`).
 
     Args:
         groups: Of parameters [F, H] of linears; those of one group are cast together (they share an input).

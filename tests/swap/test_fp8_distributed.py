@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from automodel_accel.kernels.fp8_linear import Recipe, casts, fp8_linears, sharded
 from tests.swap.fp8_distributed import MICRO, OTHERS, RECIPES, ROWS, STEPS, WAYS, H
 
 pytestmark = pytest.mark.slow
@@ -95,3 +97,53 @@ def test_refusals(found: Found) -> None:
         assert "FSDP2 has gathered in 8 bits already" in said["late"]
         assert "a weight is a DTensor that lies as (Shard(dim=0),)" in said["DTensor"]
         assert said["left"] == []
+
+
+def gathered(weight: torch.Tensor, recipe: Recipe, alike: Any) -> torch.Tensor:
+    """As FSDP2 gives it, of one process."""
+    cast = casts.cast_rows([weight], torch.float8_e4m3fn, recipe.rowwise, amax_R=weight.new_ones(len(weight)).float())
+    assert cast.q is not None
+    extension = sharded._Extension(weight, None if recipe.rowwise else alike, casts)
+    sent = (cast.q.view(torch.uint8), *([cast.scale] if recipe.rowwise else []))
+    made = extension.post_all_gather(sent, None if recipe.rowwise else cast.scale, weight.dtype)
+    assert made is not None
+    return made[0].requires_grad_()
+
+
+@pytest.mark.parametrize("way", ["together", "apart", "by another recipe", "one is plain"])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_casts_that_do_not_fit_are_made_again(recipe: Recipe, way: str) -> None:
+    """Of the values that the bytes stand for; and where they fit, nothing else is multiplied either."""
+    generator = torch.Generator().manual_seed(0)
+    plain = [torch.rand(rows, H, generator=generator) * 2 - 1 for rows in (16, 48)]
+    largest = sharded._Largest([plain])
+    groups = [(largest, 0), (largest, 1 if way == "apart" else 0)]
+    weights = [gathered(weight, recipe, alike) for weight, alike in zip(plain, groups, strict=True)]
+    values = [weight.detach().clone().requires_grad_() for weight in weights]
+    if way == "one is plain":
+        weights[1] = values[1].detach().requires_grad_()
+    x = torch.randn(8, H, generator=generator)
+    used = Recipe(rowwise=recipe.rowwise != (way == "by another recipe"))
+    found = []
+    for given in (weights, values):
+        leaf = x.clone().requires_grad_()
+        outputs = fp8_linears(leaf, given, [None, None], used)
+        torch.cat(outputs, 1).sin().sum().backward()
+        found.append([*outputs, leaf.grad, *(weight.grad for weight in given)])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert type(ours) is type(theirs) is torch.Tensor
+        assert torch.equal(ours, theirs)
+
+
+def test_a_plain_linear_reads_the_values() -> None:
+    """With its gradient."""
+    weight = gathered(torch.rand(16, H), Recipe(), (sharded._Largest([]), 0))
+    values = weight.detach().clone().requires_grad_()
+    x = torch.randn(4, H)
+    for given in (weight, values):
+        torch.nn.functional.linear(x, given).square().sum().backward()
+    assert weight.grad is not None
+    assert values.grad is not None
+    assert torch.equal(weight.grad, values.grad)
