@@ -20,7 +20,9 @@ from torch import nn
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.facts import Facts
 from automodel_accel.kernels.fp8_linear import KERNEL, MULTIPLE, Recipe, fp8_linears
+from automodel_accel.kernels.fp8_linear.noted import Wish
 from automodel_accel.kernels.fp8_linear.products import NATIVE, engine_on, is_fast
+from automodel_accel.kernels.fp8_linear.scaling import formats_here
 from automodel_accel.kernels.fp8_linear.weights import HeldCast
 from automodel_accel.kernels.lora.beside import beside
 from automodel_accel.kernels.recompute import region, source_of
@@ -182,8 +184,18 @@ class Fp8Patch(LinearPatch):
                 methods |= {name: _with_weight(getattr(type(member), name)) for name in ("merge", "unmerge")}
                 methods[RESTORE] = lambda layer: restore(layer.base_layer)
             retype(member, methods, counts)
+        _ask(form, modules[:count], counts)
         for parent in modules[count:]:
             retype(parent, {"forward": parent_forward(type(parent).forward, form.linears.groups)}, counts)
+
+
+def _ask(form: Fp8Form, members: Sequence[Any], counts: Counts) -> None:
+    """Have the producers of these inputs note the largest value of each row, or where rows are all that is cast, their cast."""
+    bases = [lora.base_of(member) for member in members]
+    rows_alone = RECIPES[form.recipe].rowwise and not any(base.weight.requires_grad for base in bases)
+    wish = Wish(formats_here().e4m3 if rows_alone else None)
+    for base in bases:
+        counts.wishes[base.in_features] = wish if counts.wishes.get(base.in_features, wish) == wish else Wish()
 
 
 def _member_forward(

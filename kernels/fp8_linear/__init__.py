@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module, in_triton
-from automodel_accel.kernels.fp8_linear import reference
+from automodel_accel.kernels.fp8_linear import noted, reference
 from automodel_accel.kernels.fp8_linear.casts import Cast
 from automodel_accel.kernels.fp8_linear.products import engine_on, product
 from automodel_accel.kernels.fp8_linear.scaling import formats_here
@@ -149,7 +149,10 @@ class _Fp8Linears(torch.autograd.Function):
 
         key = (module, recipe.rowwise, needs_w)
         of_w = cast_weights(weights) if held is None else held.of(weights, key, lambda: cast_weights(weights))
-        of_x = cast([x.reshape(-1, x.shape[-1])], transposed=needs_w and source is None)
+        keeps_x = needs_w and source is None
+        of_x: Any = noted.cast_of(x) if recipe.rowwise and not keeps_x else None
+        if of_x is None:
+            of_x = cast([x.reshape(-1, x.shape[-1])], transposed=keeps_x, amax_R=noted.maxima_of(x))
         widths = [len(weight) for weight in weights]
         assert of_w.q is not None
         outputs = tuple(
