@@ -61,10 +61,10 @@ def cast_rows(
     scale = _floats(like, n_rows if rowwise else None)
     amax: torch.Tensor | None
     if rowwise and amax_R is None and n_cols <= LONGEST_ROW:
-        q = like.new_empty(n_rows, n_cols, dtype=dtype)
+        whole = like.new_empty(n_rows, n_cols, dtype=dtype)
         for x, first in _placed(given, 0):
-            _cast_rows(x, None, q[first:], scale[first:])
-        return Cast(q if straight else None, _transposed(q) if transposed else None, scale[:, None])
+            _cast_rows(x, None, whole[first:], scale[first:])
+        return Cast(whole if straight else None, _transposed(whole) if transposed else None, scale[:, None])
     if not rowwise:
         amax = _largest(given if amax_R is None else [amax_R[None]])
     elif amax_R is None:

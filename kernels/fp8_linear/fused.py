@@ -10,20 +10,18 @@ from automodel_accel.kernels.fp8_linear import scaling
 
 BITS, NOT_FINITE = tl.constexpr(scaling.MANTISSA_BITS), tl.constexpr(scaling.NOT_FINITE)
 LEAST_BIASED, FRACTION = tl.constexpr(scaling.LEAST), tl.constexpr(scaling.MANTISSA)
-NO_SIGN = tl.constexpr(scaling.NO_SIGN)
 
 
 @triton.jit
 def magnitude(x):
     """The bits of |x|, which order as the values do, and NaN above infinity."""
-    return x.to(tl.int32, bitcast=True) & NO_SIGN
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def scale_of(amax, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
     """The scale and its inverse, of the bits of a largest value; an infinite one has the inverse 0."""
-    amax = amax & NO_SIGN
-    exponent = amax >> BITS
+    exponent = (amax >> BITS) & NOT_FINITE  # a NaN may have a sign
     mantissa = amax & FRACTION
     biased = tl.maximum(exponent - EXPONENT + (mantissa > MANTISSA).to(tl.int32), LEAST_BIASED)
     finite = exponent != NOT_FINITE
