@@ -6,7 +6,7 @@ Largest values are compared as the bits of |x|, integers: an infinity is less th
 of those bits by whole numbers alone, so that nothing waits for the host and nothing is rounded.
 
 Bytes an element of x in 2 bytes, which are the floor of their passes; beyond them a few for each row, and for each column of a block
-of 64 rows:
+of 128 rows:
     one scale for all             read 2, then read 2 and write 1 for q, 1 for q_t
     one for each row              read 2, write 1 for q: a program holds the row; then for q_t read 1, write 1
     ... of more than 16384 columns, or of gradients for both products: as with one scale for all
@@ -38,7 +38,7 @@ PROGRAMS_PER_PROCESSOR = 2
 LONGEST_ROW = 16384  # that a program holds
 FLAT = 4096  # elements of one step of the largest value of all
 TILE_ROWS, TILE_COLS = 128, 128  # of a cast and its transpose: whole lines of 128 bytes in both
-SIDE_ROWS, SIDE_COLS, SIDE_STEPS = 64, 128, 8  # of the largest values of rows and columns at once
+SIDE_ROWS, SIDE_COLS, SIDE_STEPS = 128, 64, 16  # of the largest values of rows and columns at once
 PARTIALS, PARTIAL_COLS = 64, 32
 WARPS = 8
 STAGES = 2  # of a cast: the next tile is on its way

@@ -82,6 +82,8 @@ def amax_sides_kernel(
     at_rows = block * ROWS + tl.arange(0, ROWS)
     in_rows = at_rows < n_rows
     of_rows = tl.zeros((ROWS, COLS), dtype=tl.int32)
+    if OF_COLS:
+        row_factor = tl.load(ROW_FACTOR + at_rows, mask=in_rows, other=0.0)
     for step in range(STEPS):
         at_cols = (chunk * STEPS + step) * COLS + tl.arange(0, COLS)
         in_cols = at_cols < n_cols
@@ -93,8 +95,8 @@ def amax_sides_kernel(
                 factored = x * tl.load(COL_FACTOR + at_cols, mask=in_cols, other=0.0)[None, :]
             of_rows = tl.maximum(of_rows, magnitude(factored))
         if OF_COLS:
-            factored = x * tl.load(ROW_FACTOR + at_rows, mask=in_rows, other=0.0)[:, None]
-            tl.store(AMAX_COLS + block * stride_cols + at_cols, tl.max(magnitude(factored), 0), mask=in_cols)
+            largest = tl.max(magnitude(x * row_factor[:, None]), 0)
+            tl.store(AMAX_COLS + block * stride_cols + at_cols, largest, mask=in_cols)
     if OF_ROWS:
         tl.store(AMAX_ROWS + chunk * stride_rows + at_rows, tl.max(of_rows, 1), mask=in_rows)
 

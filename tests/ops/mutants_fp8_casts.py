@@ -38,8 +38,8 @@ MUTANTS = (
     ),
     Mutant(
         KERNELS,
-        "factored = x * tl.load(ROW_FACTOR + at_rows, mask=in_rows, other=0.0)[:, None]",
-        "factored = x",
+        "magnitude(x * row_factor[:, None])",
+        "magnitude(x)",
         "the largest of a column without its rows' factors",
     ),
     Mutant(
