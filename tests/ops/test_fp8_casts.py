@@ -23,7 +23,9 @@ DTYPES = (torch.float32, torch.float16)
 E4M3 = formats_here().e4m3
 FORMATS = (E4M3, formats_here().e5m2)
 FNUZ = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+Asked = Sequence[tuple[bool, bool]]
 ASKED = ((True, False), (False, True), (True, True))  # straight, transposed
+BOTH = ASKED[2:]
 SHAPES = ((1, 16), (3, 48), (17, 80), (33, 1040), (130, 144))
 CASES = (*((shape, torch.bfloat16) for shape in SHAPES), *((SHAPES[2], dtype) for dtype in DTYPES))
 SPECIAL = (0.0, -0.0, 1e-45, -1e-40, 1e-30, 1e30, -448.0, 464.0, float("inf"), -float("inf"), float("nan"))
@@ -87,27 +89,31 @@ def rows_alike(
     dtype: torch.dtype = E4M3,
     amax_R: torch.Tensor | None = None,
     kinds: Sequence[bool] = (True, False),
+    asked: Asked = ASKED,
 ) -> None:
     """Rowwise and with one scale, straight, transposed and both."""
     before = [x.clone() for x in tensors]
-    for rowwise, (straight, transposed) in itertools.product(kinds, ASKED):
-        asked = {"straight": straight, "transposed": transposed, "amax_R": amax_R}
-        same(lambda module, how=(rowwise, asked): [module.cast_rows(tensors, dtype, how[0], **how[1])])
+    for rowwise, (straight, transposed) in itertools.product(kinds, asked):
+        options = {"straight": straight, "transposed": transposed, "amax_R": amax_R}
+        same(lambda module, how=(rowwise, options): [module.cast_rows(tensors, dtype, how[0], **how[1])])
     for x, copy in zip(tensors, before, strict=True):
         torch.testing.assert_close(x, copy, rtol=0, atol=0, equal_nan=True)
 
 
 def gradients_alike(
-    gradients: Sequence[torch.Tensor], dtype: torch.dtype = E4M3, kinds: Sequence[bool] = (True, False)
+    gradients: Sequence[torch.Tensor],
+    dtype: torch.dtype = E4M3,
+    kinds: Sequence[bool] = (True, False),
+    asked: Asked = ASKED,
 ) -> None:
     """Rowwise and with one scale, for the input's gradient, the weights' and both."""
     before = [g.clone() for g in gradients]
     n_rows, n_cols = len(gradients[0]), sum(g.shape[1] for g in gradients)
-    for rowwise, (of_input, of_weights) in itertools.product(kinds, ASKED):
+    for rowwise, (of_input, of_weights) in itertools.product(kinds, asked):
         sizes = ((n_cols, 1), (n_rows, 1)) if rowwise else ((), ())
         scales = [powers(*size, seed=i) for i, size in enumerate(sizes)]
-        asked = {"weight_scale": scales[0] if of_input else None, "x_scale": scales[1] if of_weights else None}
-        same(lambda module, how=(rowwise, asked): module.cast_gradients(gradients, dtype, how[0], **how[1]))
+        options = {"weight_scale": scales[0] if of_input else None, "x_scale": scales[1] if of_weights else None}
+        same(lambda module, how=(rowwise, options): module.cast_gradients(gradients, dtype, how[0], **how[1]))
     for g, copy in zip(gradients, before, strict=True):
         torch.testing.assert_close(g, copy, rtol=0, atol=0, equal_nan=True)
 
@@ -193,8 +199,8 @@ def test_special_values(special: float) -> None:
     x = normal(20, 80, dtype=torch.float32).clamp(-1e3, 1e3)
     x[7, 79] = special
     for one in (x, torch.full_like(x, special)):
-        rows_alike([one])
-        gradients_alike([one])
+        rows_alike([one], asked=BOTH)
+        gradients_alike([one], asked=BOTH)
 
 
 @pytest.mark.parametrize(("row", "col"), [(0, 0), (7, 39), (16, 16), (17, 39)])
@@ -203,8 +209,8 @@ def test_nan_in_each_place(row: int, col: int, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(casts_fused, name, size)
     x = normal(18, 40)
     x[row, col] = float("nan")
-    rows_alike([x])
-    gradients_alike([x])
+    rows_alike([x], asked=BOTH)
+    gradients_alike([x], asked=BOTH)
 
 
 def test_the_largest_value_around_each_step_of_the_scale() -> None:
@@ -254,6 +260,31 @@ def test_the_largest_value_of_a_format(dtype: torch.dtype, parts: tuple[int, flo
     assert 2.0**exponent * (1 + mantissa / 2**23) == torch.finfo(dtype).max
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="launches are counted in Triton's interpreter")
+def test_launches_are_as_many_as_stated() -> None:
+    from tests.budgets.watch import Watch
+
+    def launches(run: Callable[[], object]) -> int:
+        with Watch() as watch:
+            run()
+        return len(watch.launches)
+
+    torch.use_deterministic_algorithms(False)  # filling memory would count
+    x, scales = normal(20, 48), {"weight_scale": powers(96, 1, seed=0), "x_scale": powers(20, 1, seed=1)}
+    one, known = dict.fromkeys(scales, powers(seed=0)), x.abs().float().amax(1).repeat(2)
+    two, both = [x, x], {"transposed": True}
+    assert launches(lambda: casts_fused.cast_rows(two, E4M3, False, **both)) == 4
+    assert launches(lambda: casts_fused.cast_rows(two, E4M3, True)) == 2
+    assert launches(lambda: casts_fused.cast_rows(two, E4M3, True, **both)) == 3
+    assert launches(lambda: casts_fused.cast_rows(two, E4M3, True, **both, amax_R=known)) == 2
+    assert launches(lambda: casts_fused.cast_rows(two, E4M3, False, **both, amax_R=known)) == 3
+    assert launches(lambda: casts_fused.cast_gradients(two, E4M3, False, **one)) == 4
+    assert launches(lambda: casts_fused.cast_gradients(two, E4M3, True, **scales)) == 5
+    of_input = {"weight_scale": scales["weight_scale"][:48], "x_scale": None}
+    assert launches(lambda: casts_fused.cast_gradients([x], E4M3, True, **of_input)) == 1
+    assert launches(lambda: casts_fused.transposed(x.to(E4M3))) == 1 + 1  # and the cast
+
+
 @pytest.mark.parametrize("rowwise", [False, True])
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
 @pytest.mark.parametrize("wide_gradients", [False, True])
@@ -288,19 +319,18 @@ def check_casts(_: ModuleType) -> None:
             patch.setattr(host, name, size)
         for name in [name for name in vars(host) if name.endswith("_kernel")]:
             patch.setattr(host, name, getattr(kernels, name))
-        rows_alike([exact], kinds=[True])
-        rows_alike([x, y])
-        gradients_alike([x[:, :16], normal(18, 40, seed=4)])
-        gradients_alike([x], kinds=[True])
-        rows_alike([odd])
-        rows_alike([odd], amax_R=-torch.full((5,), float("nan"), device=DEVICE), kinds=[True])
+        rows_alike([exact], kinds=[True], asked=BOTH)
+        rows_alike([x, y], asked=BOTH)
+        gradients_alike([x[:, :16], normal(18, 40, seed=4)], asked=BOTH)
+        gradients_alike([x], kinds=[True], asked=ASKED[:1])
+        rows_alike([odd], asked=BOTH)
+        rows_alike([odd], amax_R=-torch.full((5,), float("nan"), device=DEVICE), kinds=[True], asked=BOTH)
         same_bits(host.transposed(q[:, :40]), casts.transposed(q[:, :40]))
         known = torch.cat([x, y]).abs().float().amax(1) / 8
-        rows_alike([x, y], FNUZ[0] if DEVICE == "cpu" else E4M3, amax_R=known)
-        gradients_alike([odd], kinds=[True])
+        rows_alike([x, y], FNUZ[0] if DEVICE == "cpu" else E4M3, amax_R=known, asked=BOTH)
+        gradients_alike([odd], kinds=[True], asked=BOTH)
         patch.setattr(host, "LONGEST_ROW", 8)
-        rows_alike([x, y], kinds=[True])
-        gradients_alike([x], kinds=[True])
+        rows_alike([x, y], kinds=[True], asked=BOTH)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.why)
