@@ -3,6 +3,7 @@
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,8 @@ import torch
 triton = pytest.importorskip("triton")
 
 from automodel_accel.kernels import fp8_linear as package
+from automodel_accel.kernels.contract import Spec, choose
+from automodel_accel.kernels.facts import this_machine
 from automodel_accel.kernels.fp8_linear import casts, casts_fused
 from automodel_accel.kernels.fp8_linear.casts import Cast
 from automodel_accel.kernels.fp8_linear.scaling import formats_here, parts_of_largest
@@ -258,6 +261,14 @@ def test_the_largest_value_of_a_format(dtype: torch.dtype, parts: tuple[int, flo
     exponent, mantissa = parts_of_largest(dtype)
     assert (exponent, mantissa / 2**23) == parts
     assert 2.0**exponent * (1 + mantissa / 2**23) == torch.finfo(dtype).max
+
+
+@pytest.mark.parametrize(("arch", "name"), [("sm_90", "triton"), ("gfx942", "triton"), ("sm_80", "torch")])
+def test_where_the_formats_compile(arch: str, name: str) -> None:
+    facts = replace(this_machine(), arch=arch, packages={"triton": "3.6.0"}, triton_interpreter=False)
+    chosen = choose(package.KERNEL, facts, Spec("cuda", torch.bfloat16, 64)).winner
+    assert chosen is not None
+    assert chosen.name == name
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="launches are counted in Triton's interpreter")
