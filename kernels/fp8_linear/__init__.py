@@ -27,7 +27,7 @@ import torch
 from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module, in_triton
 from automodel_accel.kernels.fp8_linear import noted, reference
 from automodel_accel.kernels.fp8_linear.casts import Cast
-from automodel_accel.kernels.fp8_linear.products import engine_on, product
+from automodel_accel.kernels.fp8_linear.products import ARCHS, engine_on, product
 from automodel_accel.kernels.fp8_linear.scaling import formats_here
 from automodel_accel.kernels.fp8_linear.sharded import is_gathered, joined
 from automodel_accel.kernels.fp8_linear.weights import HeldCast
@@ -41,7 +41,9 @@ KERNEL = Kernel(
     name="fp8_linear",
     reference=reference.fp8_linears,  # type: ignore[arg-type]  # several outputs
     implementations=(
-        in_triton("automodel_accel.kernels.fp8_linear.casts_fused"),
+        in_triton(
+            "automodel_accel.kernels.fp8_linear.casts_fused", archs=ARCHS
+        ),  # elsewhere the formats do not compile
         Implementation(
             name="torch",
             module="automodel_accel.kernels.fp8_linear.casts",

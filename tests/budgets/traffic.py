@@ -19,7 +19,9 @@ import torch
 
 from automodel_accel.kernels import launch
 from automodel_accel.kernels.activation import activation
+from automodel_accel.kernels.fp8_linear import casts_fused
 from automodel_accel.kernels.fp8_linear.noted import Wish, noted
+from automodel_accel.kernels.fp8_linear.scaling import formats_here
 from automodel_accel.kernels.gated_linear import gated_linear
 from automodel_accel.kernels.gated_norm import gated_rms_norm
 from automodel_accel.kernels.layer_norm import add_layer_norm, layer_norm
@@ -253,9 +255,38 @@ def measure_cross_entropy() -> list[Traffic]:
     return rows
 
 
+def measure_fp8() -> list[Traffic]:
+    """What casts to 8 bits move, of the passes that their docstring states: bytes an element."""
+    generator = torch.Generator().manual_seed(0)
+    x, amax_R = torch.randn(ROWS, HIDDEN, generator=generator).to(DTYPE), torch.ones(ROWS)
+    scale_N, scale_H, dtype = torch.ones(ROWS, 1), torch.ones(HIDDEN, 1), formats_here().e4m3
+    both = {"weight_scale": scale_H, "x_scale": scale_N}
+    q = x.to(dtype)
+    runs: dict[str, tuple[int, Callable[[], object]]] = {
+        "one scale": (6, lambda: casts_fused.cast_rows([x], dtype, False, transposed=True)),
+        "rows": (3, lambda: casts_fused.cast_rows([x], dtype, True)),
+        "rows and transpose": (5, lambda: casts_fused.cast_rows([x], dtype, True, transposed=True)),
+        "known rows": (4, lambda: casts_fused.cast_rows([x], dtype, True, transposed=True, amax_R=amax_R)),
+        "gradients": (6, lambda: casts_fused.cast_gradients([x], dtype, True, **both)),
+        "gradients of the input": (
+            3,
+            lambda: casts_fused.cast_gradients([x], dtype, True, weight_scale=scale_H, x_scale=None),
+        ),
+        "transpose": (2, lambda: casts_fused.transposed(q)),
+    }
+    rows = []
+    for name, (passes, run) in runs.items():
+        with programs(), Watch() as watch:
+            run()
+        names = [one.name for one in watch.launches]
+        direction = "backward" if name.startswith("gradients") else "forward"
+        rows.append(Traffic(f"fp8 cast, {name}", "ours", direction, watch.moved, passes * x.numel(), names))
+    return rows
+
+
 def figures() -> Figures:
     """The ratios of our kernels, for the budget."""
-    rows = [row for case in CASES for row in measure(case)] + measure_cross_entropy()
+    rows = [row for case in CASES for row in measure(case)] + measure_cross_entropy() + measure_fp8()
     return {f"{row.operation} / {row.direction}": row.ratio for row in rows}
 
 
@@ -264,7 +295,7 @@ def main() -> None:
     repair()
     rows = [row for case in CASES for implementation in case.run for row in measure(case, implementation)]
     about = {"dtype": str(DTYPE).removeprefix("torch."), "rows": ROWS, "hidden": HIDDEN, "programs": PROGRAMS}
-    for row in [*rows, *measure_cross_entropy()]:
+    for row in [*rows, *measure_cross_entropy(), *measure_fp8()]:
         sys.stdout.write(json.dumps({**about, **asdict(row), "ratio": row.ratio}) + "\n")
 
 
