@@ -9,7 +9,8 @@ adapter adds is computed beside it in its own dtype (kernels/lora/beside.py).
 
 import fnmatch
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,6 +44,7 @@ from automodel_accel.patches.linear import (
 )
 from automodel_accel.patches.retype import MODEL, RESTORE, restore, retype
 
+WEIGHT = "_accel_weight"  # on a linear: the parameter that was there at `apply`
 HELD = "_accel_held"  # on a linear: the cast of its weights, and of those that it is computed with
 RECIPES: Mapping[str, Recipe] = {
     "tensorwise": Recipe(),
@@ -175,7 +177,9 @@ class Fp8Patch(LinearPatch):
         form: Any = claim.form
         count = len(form.linears.biases)
         for member in modules[:count]:
-            base8.allow(lora.base_of(member), RECIPES[form.recipe], counts)
+            base = lora.base_of(member)
+            base8.allow(base, RECIPES[form.recipe], counts)
+            vars(base)[WEIGHT] = weakref.ref(base.weight)
             forward = _member_forward(
                 type(member).forward, RECIPES[form.recipe], form.linears.recompute, proven, counts
             )
@@ -248,10 +252,10 @@ def _outputs(
     """What each of them gives for x: the 8-bit product, and what its adapter adds."""
     bases = [lora.base_of(member) for member in members]
     source = source_of(x) if recompute else None
-    held = base8.held(bases) or vars(members[0]).setdefault(HELD, HeldCast())
+    held = base8.held(bases) or _held(members[0], bases)
     weights, biases = [base.weight for base in bases], [base.bias for base in bases]
     outputs = list(fp8_linears(x, weights, biases, recipe, held=held, source=source, implementation=implementation))
-    if base8.release(bases, held.cast):
+    if held is not None and base8.release(bases, held.cast):
         vars(members[0]).pop(HELD)
     adapted = [i for i, member in enumerate(members) if lora.is_adapted(member)]
     if adapted:
@@ -260,6 +264,23 @@ def _outputs(
         for i, output in zip(adapted, added, strict=True):
             outputs[i] = output
     return outputs
+
+
+def weights_of(claim: Claim, model: nn.Module) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
+    """Names and weights of the linears of each input."""
+    form: Any = claim.form
+    count = len(form.linears.biases)
+    paths = list(claim.taken[count:])  # the linears themselves, inside of adapters
+    for size in list(map(len, form.linears.groups)) or [1]:
+        names, paths = tuple(paths[:size]), paths[size:]
+        yield names, [model.get_submodule(name).weight for name in names]
+
+
+def _held(member: Any, bases: Sequence[Any]) -> HeldCast | None:
+    """Where the cast is kept: nowhere for parameters that are not those of `apply`, such as FSDP2's, which come and go."""
+    if any((was := vars(base).get(WEIGHT)) is None or was() is not base.weight for base in bases):
+        return None
+    return vars(member).setdefault(HELD, HeldCast())  # type: ignore[no-any-return]
 
 
 def _shared_outputs(

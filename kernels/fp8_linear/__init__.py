@@ -146,19 +146,19 @@ class _Fp8Linears(torch.autograd.Function):
         engine = recipe.engine or engine_on(x.device.type)
         cast = functools.partial(module.cast_rows, dtype=formats_here().e4m3, rowwise=recipe.rowwise)
 
-        def cast_weights(weights: Sequence[torch.Tensor]) -> Cast:
-            return joined(weights, recipe.rowwise) or cast(weights, transposed=needs_w)
+        def cast_weights(weights: Sequence[torch.Tensor], transposed: bool) -> Cast:
+            return joined(weights, recipe.rowwise) or cast(weights, transposed=transposed)
 
         key = (module, recipe.rowwise, needs_w)
-        of_w = cast_weights(weights) if held is None else held.of(weights, key, lambda: cast_weights(weights))
-        keeps_x = needs_w and source is None
-        of_x: Any = noted.cast_of(x) if recipe.rowwise and not keeps_x else None
-        if of_x is None:
-            of_x = cast([x.reshape(-1, x.shape[-1])], transposed=keeps_x, amax_R=noted.maxima_of(x))
+        if held is None:  # cast again in backward
+            of_w = cast_weights(weights, False)
+        else:
+            of_w = held.of(weights, key, lambda: cast_weights(weights, needs_w))
+        of_x = _cast_of_input(x, cast, recipe, needs_w and source is None)
         widths = [len(weight) for weight in weights]
         assert of_w.q is not None
         outputs = tuple(
-            product(of_x.q, q, of_x.scale, scale, bias, dtype, engine, fast=True).view(*x.shape[:-1], -1)
+            _shaped(product(of_x.q, q, of_x.scale, scale, bias, dtype, engine, fast=True), x)
             for q, scale, bias in zip(torch.split(of_w.q, widths), _scales(of_w.scale, widths), biases, strict=True)
         )
         kept = () if not needs_w else (of_x.q_t, of_x.scale) if source is None else source.tensors
@@ -183,7 +183,7 @@ class _Fp8Linears(torch.autograd.Function):
         needs_x, *needed = ctx.needs_input_grad[FIRST - 1 :]
         needs_w, needs_b = halves(needed)
         of_x = _cast_again(ctx, saved) if any(needs_w) else None
-        of_w = None if not needs_x else ctx.again(weights) if ctx.again else ctx.of_w
+        of_w = None if not needs_x else ctx.again(weights, True) if ctx.again else ctx.of_w
         given = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
         formats = formats_here()
         straight, turned = ctx.module.cast_gradients(
@@ -220,6 +220,19 @@ class _Fp8Linears(torch.autograd.Function):
 def halves(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     """Of the weights, and of the biases."""
     return values[: len(values) // 2], values[len(values) // 2 :]
+
+
+def _cast_of_input(x: torch.Tensor, cast: Any, recipe: Recipe, transposed: bool) -> Any:
+    """The cast of x [..., H]: as its producer noted it, or from what it noted, or from all of it."""
+    found = noted.cast_of(x) if recipe.rowwise and not transposed else None
+    if found is not None:
+        return found
+    return cast([x.reshape(-1, x.shape[-1])], transposed=transposed, amax_R=noted.maxima_of(x))
+
+
+def _shaped(y_NF: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[..., F]; no view, into which autograd would let nobody write."""
+    return torch.ops.aten._unsafe_view(y_NF, [*x.shape[:-1], y_NF.shape[1]])  # type: ignore[no-any-return]
 
 
 def _cast_again(ctx: Any, kept: Sequence[torch.Tensor]) -> Cast:

@@ -34,7 +34,7 @@ HELD = (
 """Caught by what is cast again, and when."""
 
 KEPT = (
-    Mutant(HOST, "transposed=needs_w and source is None", "transposed=True", "x is transposed for nobody"),
+    Mutant(HOST, "cast, recipe, needs_w and source is None)", "cast, recipe, True)", "x is transposed for nobody"),
     Mutant(HOST, "(weights if held is None else ())", "(rest if held is None else (x * 1,))", "x is kept as it came"),
 )
 """Caught by what is saved."""

@@ -28,8 +28,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import automodel_accel as accel
 from automodel_accel.kernels.fp8_linear import Recipe, fp8_linears, sharded
 from automodel_accel.kernels.fp8_linear.weights import HeldCast
+from tests.tiny import batch, tiny
 
 H, LAYERS, STEPS, MICRO = 32, 2, 4, 2
 ROWS = LAYERS * (H + 16 + 16 + H)  # of the weights of the linears
@@ -332,6 +334,32 @@ def held_under_plain(recipe: Recipe) -> dict[str, Any]:
     return {"problem": problem, "bytes": kept}
 
 
+def applied(recipe: str) -> dict[str, Any]:
+    """Models of transformers, applied, sharded and gathered in 8 bits, and the same gathered as they are."""
+    found: list[list[torch.Tensor]] = []
+    wire: list[int] = []
+    for in_8_bits in (True, False):
+        model: Any = accel.apply(tiny(), fp8=recipe)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh_of(False))
+        fully_shard(model, mesh=mesh_of(False))
+        refused = accel.gather_fp8(model) if in_8_bits else []
+        assert not refused, refused
+        optimizer, losses = optimizer_of(model), []
+        with Wire() as watched:
+            for _ in range(STEPS):
+                loss = model(**batch(tokens=16 + dist.get_rank())).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.detach())
+        wire.append(watched.bytes[ALL_GATHER])
+        found.append([*losses, *parameters(model)])
+        assert not accel.report(model).counts.passed_on, accel.report(model).counts.passed_on
+    late = said(lambda: accel.gather_fp8(accel.apply(tiny(), fp8=recipe)))
+    return {"problem": same(*found), "wire": wire, "late": late, "unapplied": said(lambda: accel.gather_fp8(tiny()))}
+
+
 def refusals() -> dict[str, Any]:
     """What cannot be, in words."""
     run = Run(Recipe())
@@ -383,6 +411,7 @@ def main(folder: Path) -> None:
             found[f"{name}, changed"] = changed_without_a_step(recipe)
             found[f"{name}, others"] = read_by_others(recipe)
             found[f"{name}, held"] = held_under_plain(recipe)
+            found[f"{name}, applied"] = applied(name)
         found["stale"] = mutant(Recipe(), mock.patch.object(sharded, "_state", return_value=(0,)))
         found["of a part"] = mutant(Recipe(), mock.patch.object(sharded.distributed, "all_reduce"))
         found["refusals"] = refusals()

@@ -32,7 +32,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("check", [*WAYS, "one process", "checkpoints", "changed", "held"])
+@pytest.mark.parametrize("check", [*WAYS, "one process", "checkpoints", "changed", "held", "applied"])
 def test_bit_for_bit(found: Found, recipe: str, check: str) -> None:
     """Losses, parameters and states are those of weights that are gathered as they are, and those of one process."""
     assert [rank[f"{recipe}, {check}"]["problem"] for rank in found] == ["", ""]
@@ -51,6 +51,16 @@ def test_wire(found: Found, recipe: str, way: str) -> None:
         assert result["gathered"] == [ours, plain]
         assert result["gathers"][0] == result["gathers"][1]
         assert result["scales"] == (0 if recipe == "rowwise" else 1 if way == "frozen" else STEPS)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_applied_models(found: Found, recipe: str) -> None:
+    """Less is sent, nothing is passed on, and what cannot be is said."""
+    for rank in found:
+        ours, plain = rank[f"{recipe}, applied"]["wire"]
+        assert ours < 0.6 * plain
+        assert "fully_shard comes first" in rank[f"{recipe}, applied"]["late"]
+        assert "has no FP8 linears; call automodel_accel.apply" in rank[f"{recipe}, applied"]["unapplied"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
