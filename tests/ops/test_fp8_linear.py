@@ -243,6 +243,17 @@ def test_held_casts(counted: Counted) -> None:
     check_held(HeldCast, counted)
 
 
+def test_outputs_may_be_written_to() -> None:
+    """As those of F.linear; some models scale them in place."""
+    x, weight = torch.randn(2, 3, 32), torch.randn(16, 32, requires_grad=True)
+    found = []
+    for in_place in (True, False):
+        (y,) = package.fp8_linears(x, [weight], [None])
+        y = y.mul_(2) if in_place else y * 2
+        found.append(torch.autograd.grad(y.sum(), weight)[0])
+    assert torch.equal(*found)
+
+
 def check_kept(found: Any) -> None:
     """Of x one byte an element where a weight trains; nothing where none does; its source where it has one."""
 
