@@ -1,0 +1,99 @@
+"""Whether a recipe of 8-bit products trains within the noise of bfloat16.
+
+The noise of a figure is its standard deviation over the seeds of bfloat16. A recipe lies within it where, for every seed, its
+figure differs from bfloat16's of that seed by no more: less than what another seed does. Two figures are judged: the mean loss of the
+last `FINAL` steps, whose noise is also that of another order of the text, and the loss on held-out text, the same for all, whose
+noise is that of the trained weights alone. NaN lies outside.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+Row = dict[str, Any]
+BASELINE = "bfloat16"
+FINAL = 20  # steps at the end whose mean loss is judged
+FIGURES = {"final_loss": f"last {FINAL} steps", "held_out_loss": "held out"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A recipe by one figure.
+
+    Attributes:
+        recipe: Its name.
+        figure: Of the row.
+        mean: Of the figure over its seeds.
+        differences: To bfloat16's of the same seed, by seed.
+        noise: Standard deviation of bfloat16's over the seeds.
+    """
+
+    recipe: str
+    figure: str
+    mean: float
+    differences: tuple[float, ...]
+    noise: float
+
+    @property
+    def within(self) -> bool:
+        """Whether every seed's difference is at most the noise."""
+        return all(abs(difference) <= self.noise for difference in self.differences)
+
+
+def verdicts(rows: Sequence[Row]) -> list[Verdict]:
+    """Of every recipe by every figure. Rows: of bfloat16 with two seeds or more, and of each recipe with some of those."""
+    found = []
+    for recipe in dict.fromkeys(row["recipe"] for row in rows if row["recipe"] != BASELINE):
+        for figure in FIGURES:
+            base, values = by_seed(rows, BASELINE, figure), by_seed(rows, recipe, figure)
+            differences = tuple(value - base[seed] for seed, value in values.items())
+            mean = statistics.mean(values.values())
+            found.append(Verdict(recipe, figure, mean, differences, statistics.stdev(base.values())))
+    return found
+
+
+def by_seed(rows: Sequence[Row], recipe: str, figure: str) -> dict[int, Any]:
+    """A figure of one recipe."""
+    return {row["seed"]: row[figure] for row in rows if row["recipe"] == recipe}
+
+
+def shared(rows: Sequence[Row]) -> list[int]:
+    """The seeds that every recipe has."""
+    recipes = {row["recipe"] for row in rows}
+    return sorted(set.intersection(*(set(by_seed(rows, recipe, "seed")) for recipe in recipes)))
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """The mean of the last `FINAL` steps (or as many as there are) at every step."""
+    return [statistics.fmean(losses[max(0, end - FINAL) : end]) for end in range(1, len(losses) + 1)]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Losses, differences and verdicts."""
+    first = rows[0]
+    found = Table(
+        title=f"{first['parameters'] / 1e6:.2f} million weights, {first['steps']} steps of {first['rows']} x {first['length']} bytes",
+        caption=f"loss in nats a byte; differences to bfloat16 of the same seed; {first['device_name']} {first['arch']}",
+    )
+    seeds, both = list(by_seed(rows, BASELINE, "seed")), shared(rows)
+    for name in ("recipe", "figure", "mean", *(f"seed {seed}" for seed in seeds), "noise", "verdict", "s"):
+        found.add_column(name, justify="left" if name in ("recipe", "figure") else "right")
+    for figure, name in FIGURES.items():
+        base = by_seed(rows, BASELINE, figure)
+        losses = [f"{loss:.4f}" for loss in base.values()]
+        noise, mean = statistics.stdev(base.values()), statistics.mean(base[seed] for seed in both)
+        found.add_row(BASELINE, name, f"{mean:.4f}", *losses, f"{noise:.4f}", "-", _seconds(rows, BASELINE))
+    for one in verdicts(rows):
+        differences = [f"{difference:+.4f}" for difference in one.differences]
+        differences += ["-"] * (len(seeds) - len(differences))
+        verdict = "within" if one.within else "outside"
+        cells = (f"{one.mean:.4f}", *differences, f"{one.noise:.4f}", verdict, _seconds(rows, one.recipe))
+        found.add_row(one.recipe, FIGURES[one.figure], *cells)
+    return found
+
+
+def _seconds(rows: Sequence[Row], recipe: str) -> str:
+    return f"{statistics.median(by_seed(rows, recipe, 'seconds').values()):.0f}"
