@@ -91,7 +91,8 @@ def _differences(axes: Axes, curves: dict[str, dict[int, list[float]]]) -> None:
 def _held_out(axes: Axes, rows: Sequence[Row]) -> None:
     found = [one for one in verdicts(rows) if one.figure == "held_out_loss"]
     noise = found[0].noise
-    axes.axhspan(-noise, noise, color=BAND, label=f"noise of bfloat16: +-{noise:.4f}")
+    mean = statistics.mean(by_seed(rows, BASELINE, "held_out_loss").values())
+    axes.axhspan(-noise, noise, color=BAND, label=f"noise of bfloat16: +-{noise:.4f}, at {mean:.3f}")
     axes.axhline(0, color=COLOURS[BASELINE], lw=1)
     for place, one in enumerate(found):
         axes.scatter([place] * len(one.differences), one.differences, color=COLOURS[one.recipe], s=36, zorder=3)
@@ -100,8 +101,7 @@ def _held_out(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlim(-0.6, len(found) - 0.4)
     axes.margins(y=0.15)
     axes.set_ylabel("nats a byte")
-    mean = statistics.mean(by_seed(rows, BASELINE, "held_out_loss")[seed] for seed in shared(rows))
     axes.set_title(
-        f"Held-out loss, difference to bfloat16 ({mean:.3f})\na dot a seed, a bar their mean", loc="left", fontsize=10
+        "Held-out loss, difference to bfloat16\nof the same seed: dots, and their mean", loc="left", fontsize=10
     )
     axes.legend(fontsize=8, frameon=False)
