@@ -3,7 +3,8 @@
 The model of bench/fp8_training.py trains in bfloat16. At a few of its steps the inputs, weights and gradients of the linears in
 every layer are taken as they come, and the definition of each recipe (kernels/fp8_linear/reference.py) is held against the
 products of the values themselves, both in float64: what is measured is the rounding to 8 bits alone. Linears of one input are one
-place: q, k and v; gate and up.
+place: q, k and v; gate and up. They share a scale, so outputs and weights' gradients are looked at one linear at a time: the
+gradients of q and k are smaller than v's.
 
 SQNR is the power of a product over that of its error, in dB. That of tokens is each row's of the input's gradient, of which the
 lower tenth is given: one scale for all serves tokens of small gradients worse, which the SQNR of the whole hides. Zeroed is the share of
@@ -35,8 +36,8 @@ from bench.rows import RESULTS, Row, about_run, append
 CASE = "fp8_products"
 STEPS, MOMENTS = 200, 4  # of the training; steps at which values are taken, evenly, the last one among them
 LOWER_TENTH = 0.1
-SQNR = {"forward": "y", "input": "dx", "tokens": "dx, lower tenth of tokens", "weight": "dW"}
-ZEROED = {"zeroed_input": "zeroed for dx", "zeroed_weight": "zeroed for dW"}
+SQNR = {"forward": "y", "input": "dx", "tokens": "dx, low tokens", "weight": "dW"}
+ZEROED = {"zeroed_input": "0 for dx", "zeroed_weight": "0 for dW"}
 EXAMPLE = """example:
   python -m bench.fp8_products        two minutes on one core
 
@@ -75,7 +76,7 @@ class Taken:
             place = self.places[-1]
             number = len(place.weights)
             place.weights.append(module.weight)
-            output.register_hook(lambda gradient: place.gradients.update({number: gradient}))
+            output.register_hook(lambda gradient: place.gradients.update({number: gradient}))  # type: ignore[no-untyped-call]
 
         return take
 
@@ -85,8 +86,8 @@ class Taken:
             handle.remove()
 
 
-def figures(place: Place, recipe: Recipe) -> dict[str, float]:
-    """SQNR in dB and shares, by the names in `SQNR` and `ZEROED`."""
+def figures(place: Place, recipe: Recipe) -> dict[str, list[float]]:
+    """SQNR in dB and shares, by the names in `SQNR` and `ZEROED`; of each linear where it has its own."""
     x_NH = place.x.detach().flatten(0, -2).double()
     weights = [weight.detach().double() for weight in place.weights]
     gradients = [gradient.flatten(0, -2).double() for _, gradient in sorted(place.gradients.items())]
@@ -99,15 +100,14 @@ def figures(place: Place, recipe: Recipe) -> dict[str, float]:
     def rounded(x: torch.Tensor, *w: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return reference.fp8_linears(x, w, [None] * len(w), recipe.rowwise, formats.e4m3, wanted)
 
-    (y, dx, dw), (true_y, true_dx, true_dw) = (_products(of, x_NH, weights, gradients) for of in (rounded, exact))
-    tokens = sqnr(dx, true_dx, 1)
-    tokens = tokens[true_dx.abs().amax(1) > 0]
+    (ys, dx, dws), (true_ys, true_dx, true_dws) = (_products(of, x_NH, weights, gradients) for of in (rounded, exact))
+    tokens = sqnr(dx, true_dx, 1)[true_dx.abs().amax(1) > 0]
     return {
-        "forward": sqnr(y, true_y).item(),
-        "input": sqnr(dx, true_dx).item(),
-        "tokens": tokens.quantile(LOWER_TENTH).item(),
-        "weight": sqnr(dw, true_dw).item(),
-        **_zeroed(x_NH, torch.cat(weights), torch.cat(gradients, 1), recipe, wanted, formats.e4m3),
+        "forward": [sqnr(*pair).item() for pair in zip(ys, true_ys, strict=True)],
+        "input": [sqnr(dx, true_dx).item()],
+        "tokens": [tokens.quantile(LOWER_TENTH).item()],
+        "weight": [sqnr(*pair).item() for pair in zip(dws, true_dws, strict=True)],
+        **_zeroed(x_NH, torch.cat(weights), gradients, recipe, wanted, formats.e4m3),
     }
 
 
@@ -118,30 +118,34 @@ def sqnr(found: torch.Tensor, truth: torch.Tensor, dim: int | None = None) -> to
 
 def _products(
     of: Any, x_NH: torch.Tensor, weights: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Outputs side by side, the input's gradient, the weights' gradients one below the other."""
+) -> tuple[Sequence[torch.Tensor], torch.Tensor, Sequence[torch.Tensor]]:
+    """Outputs, the input's gradient, the weights' gradients."""
     leaves = [leaf.clone().requires_grad_() for leaf in (x_NH, *weights)]
     outputs = of(*leaves)
-    dx, *dw = torch.autograd.grad(outputs, leaves, gradients)
-    return torch.cat(outputs, 1).detach(), dx, torch.cat(dw)
+    dx, *dws = torch.autograd.grad(outputs, leaves, tuple(gradients))
+    return [output.detach() for output in outputs], dx, dws
 
 
 def _zeroed(
     x_NH: torch.Tensor,
     w_FH: torch.Tensor,
-    g_NF: torch.Tensor,
+    gradients: Sequence[torch.Tensor],
     recipe: Recipe,
     wanted: torch.dtype,
     e4m3: torch.dtype,
-) -> dict[str, float]:
+) -> dict[str, list[float]]:
     """As the definition casts gradients for each of the two products."""
-    if not recipe.rowwise:
-        share = _share(g_NF, reference.rounded(g_NF, wanted, None)[0])
-        return {"zeroed_input": share, "zeroed_weight": share}
-    w_scale, x_scale = reference.rounded(w_FH, e4m3, 1)[1], reference.rounded(x_NH, e4m3, 1)[1]
+    g_NF = torch.cat(list(gradients), 1)
+    if recipe.rowwise:
+        w_scale, x_scale = reference.rounded(w_FH, e4m3, 1)[1], reference.rounded(x_NH, e4m3, 1)[1]
+        of_input = reference.rounded(g_NF * w_scale.t(), wanted, 1)[0]
+        of_weight = reference.rounded(g_NF * x_scale, wanted, 0)[0]
+    else:
+        of_input = of_weight = reference.rounded(g_NF, wanted, None)[0]
+    widths = [gradient.shape[1] for gradient in gradients]
     return {
-        "zeroed_input": _share(g_NF, reference.rounded(g_NF * w_scale.t(), wanted, 1)[0]),
-        "zeroed_weight": _share(g_NF, reference.rounded(g_NF * x_scale, wanted, 0)[0]),
+        name: [_share(*pair) for pair in zip(gradients, cast.split(widths, 1), strict=True)]
+        for name, cast in zip(ZEROED, (of_input, of_weight), strict=True)
     }
 
 
@@ -171,14 +175,16 @@ def table(rows: Sequence[Row]) -> Table:
     steps = dict.fromkeys(row["step"] for row in rows)
     found = Table(
         title="8-bit products of a training's own values, against float64",
-        caption=f"mean (worst) over {len(rows[0]['places'])} places at steps {', '.join(map(str, steps))}; SQNR in dB",
+        caption=f"mean (worst) over all linears, at steps {', '.join(map(str, steps))}; SQNR in dB\n"
+        "low tokens: the lower tenth; 0: gradient elements that become 0",
     )
     for name in ("recipe", *SQNR.values(), *ZEROED.values()):
         found.add_column(name, justify="left" if name == "recipe" else "right")
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         cells = []
         for figure in (*SQNR, *ZEROED):
-            values = [place[figure] for row in rows if row["recipe"] == recipe for place in row["places"].values()]
+            places = (place for row in rows if row["recipe"] == recipe for place in row["places"].values())
+            values = [value for place in places for value in place[figure]]
             worst, form = (min(values), ".1f") if figure in SQNR else (max(values), ".2%")
             cells.append(f"{statistics.fmean(values):{form}} ({worst:{form}})")
         found.add_row(recipe, *cells)

@@ -126,7 +126,8 @@ def training(model: Any, setup: Setup, seed: int, source: Documents) -> Iterator
     """Train: the loss of each step, once its gradients are there and before its update."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=setup.learning_rate, fused=True)
-    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * setup.steps), setup.steps)
+    warmup = math.ceil(WARMUP * setup.steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, setup.steps)  # type: ignore[no-untyped-call]
     for batch in documents.batches(source, setup.job(seed)):
         loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from automodel_accel.kernels.fp8_linear import Recipe
+from automodel_accel.patches.fp8 import RECIPES
 from bench import fp8_products, fp8_training
 from bench.fp8_curves import BASELINE, FINAL, smoothed, verdicts
 
@@ -103,17 +104,25 @@ def test_powers_of_two_are_exact_and_small_gradients_are_zeroed() -> None:
     gradient = torch.randn(64, 32, generator=generator)
     # E4M3 reaches 2^-9 / 448 of the largest, E5M2 2^-16 / 57344
     gradient[:16] *= 2.0**-24
-    found = {name: fp8_products.figures(place(gradient), recipe) for name, recipe in fp8_products.RECIPES.items()}
-    assert found["tensorwise"]["zeroed_input"] == pytest.approx(0.25, abs=0.01)
-    assert found["tensorwise"]["tokens"] < 1
-    assert found["rowwise"]["zeroed_input"] < 0.01
-    assert found["rowwise"]["tokens"] > 20
-    assert found["tensorwise_e5m2"]["zeroed_input"] < 0.05
-    assert found["tensorwise"]["input"] > found["tensorwise_e5m2"]["input"] + 2, "a bit of mantissa less"
+    found = {name: fp8_products.figures(place(gradient), recipe) for name, recipe in RECIPES.items()}
+    assert found["tensorwise"]["zeroed_input"] == pytest.approx([0.25, 0.25], abs=0.01)
+    assert found["tensorwise"]["tokens"][0] < 1
+    assert max(found["rowwise"]["zeroed_input"]) < 0.01
+    assert found["rowwise"]["tokens"][0] > 20
+    assert max(found["tensorwise_e5m2"]["zeroed_input"]) < 0.05
+    assert found["tensorwise"]["input"][0] > found["tensorwise_e5m2"]["input"][0] + 2, "a bit of mantissa more"
     exact = fp8_products.figures(
         fp8_products.Place("q", torch.eye(32), [torch.eye(32)], {0: 2 * torch.eye(32)}), Recipe()
     )
-    assert exact["forward"] == exact["input"] == exact["weight"] == math.inf
+    assert exact["forward"] == exact["input"] == exact["weight"] == [math.inf]
+
+
+def test_each_linear_of_an_input_is_looked_at_by_itself() -> None:
+    gradient = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+    gradient[:, :16] *= 2.0**-24
+    found = fp8_products.figures(place(gradient), Recipe())
+    assert found["zeroed_weight"] == pytest.approx([1.0, 0.0], abs=0.01)
+    assert found["weight"] == pytest.approx([0.0, 28.5], abs=2.0)
 
 
 def test_values_are_taken_from_every_linear_of_the_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,5 +136,10 @@ def test_values_are_taken_from_every_linear_of_the_layers(tmp_path: Path, capsys
     ]
     for one in rows:
         assert list(one["places"]) == names
-        assert all(10 < figures[name] < 60 for figures in one["places"].values() for name in fp8_products.SQNR)
+        assert all(
+            10 < value < 60
+            for figures in one["places"].values()
+            for name in fp8_products.SQNR
+            for value in figures[name]
+        )
     assert "tensorwise_e5m2" in capsys.readouterr().out
