@@ -92,11 +92,14 @@ def _held_out(axes: Axes, rows: Sequence[Row]) -> None:
     found = [one for one in verdicts(rows) if one.figure == "held_out_loss"]
     noise = found[0].noise
     mean = statistics.mean(by_seed(rows, BASELINE, "held_out_loss").values())
-    axes.axhspan(-noise, noise, color=BAND, label=f"noise of bfloat16: +-{noise:.4f}, at {mean:.3f}")
+    axes.axhspan(-noise, noise, color=BAND, label=f"noise of bfloat16: {mean:.3f} +-{noise:.4f}")
     axes.axhline(0, color=COLOURS[BASELINE], lw=1)
     for place, one in enumerate(found):
         axes.scatter([place] * len(one.differences), one.differences, color=COLOURS[one.recipe], s=36, zorder=3)
-        axes.hlines(statistics.mean(one.differences), place - 0.2, place + 0.2, color=COLOURS[one.recipe], lw=2)
+        axes.hlines(one.difference, place - 0.2, place + 0.2, color=COLOURS[one.recipe], lw=2)
+    for sign in (-1, 1):
+        label = f"allowed of a mean: +-{found[0].allowed:.4f}" if sign == 1 else None
+        axes.axhline(sign * found[0].allowed, color="#333333", lw=1, ls="--", label=label)
     axes.set_xticks(range(len(found)), [one.recipe.replace("_", "\n") for one in found])
     axes.set_xlim(-0.6, len(found) - 0.4)
     axes.margins(y=0.15)

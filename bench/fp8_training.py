@@ -37,7 +37,7 @@ from bench.fp8_curves import BASELINE, FINAL, Row, table, verdicts
 from bench.rows import RESULTS, about_run, append
 
 CASE = "fp8_training"
-WIDTH = 110  # of a table in a file
+WIDTH = 150  # of a table in a file
 HELD_OUT_EVERY, HELD_OUT_BATCHES = (
     10,
     12,
