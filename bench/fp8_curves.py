@@ -1,10 +1,10 @@
 """Whether a recipe of 8-bit products trains within the noise of bfloat16.
 
-The noise of a figure is its standard deviation over the seeds of bfloat16. Trainings of one seed do not stay together: after some
-dozen steps a rounding anywhere has led them as far apart as another seed would (measured: see the picture's lower part), so that
-a difference to bfloat16 of the same seed has a noise of sqrt(2) of that, and the mean of n of them of sqrt(2 / n). A recipe lies within
-the noise where neither any of its differences nor their mean is more than `ALLOWED` times its own noise, above or below. More seeds see
-smaller differences. NaN lies outside.
+The noise of a figure is its standard deviation over the seeds of bfloat16. Trainings of one seed do not stay together: any rounding
+leads them apart after some dozen steps, as the control shows, bfloat16 from weights of which one in twelve is moved by a unit in the
+last place. So a difference to bfloat16 of the same seed is judged as one of two seeds, whose noise is sqrt(2) times as large, and the
+mean of n of them by sqrt(2 / n). A recipe lies within the noise where neither any of its differences nor their mean is more than
+`ALLOWED` times its own noise, above or below. More seeds see smaller differences. NaN lies outside.
 
 Two figures are judged: the mean loss of the last `FINAL` steps, whose noise is also that of another order of the text, and the loss on
 held-out text, the same for all, whose noise is that of the trained weights alone.
@@ -20,6 +20,7 @@ from rich.table import Table
 
 Row = dict[str, Any]
 BASELINE = "bfloat16"
+MOVED = "bfloat16_moved"  # the same from weights moved by a rounding: what a seed's own differences are
 ALLOWED = 2.0
 FINAL = 20  # steps at the end whose mean loss is judged
 FIGURES = {"final_loss": f"last {FINAL} steps", "held_out_loss": "held out"}

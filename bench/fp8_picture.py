@@ -9,12 +9,18 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.fp8_curves import BASELINE, FINAL, Row, by_seed, shared, smoothed, verdicts
+from bench.fp8_curves import BASELINE, FINAL, MOVED, Row, by_seed, shared, smoothed, verdicts
 
 matplotlib.use("Agg")
 
 # told apart by those who see no red or no green (after Okabe and Ito)
-COLOURS = {BASELINE: "#777777", "tensorwise": "#0072b2", "rowwise": "#d55e00", "tensorwise_e5m2": "#009e73"}
+COLOURS = {
+    BASELINE: "#777777",
+    "tensorwise": "#0072b2",
+    "rowwise": "#d55e00",
+    "tensorwise_e5m2": "#009e73",
+    MOVED: "#000000",
+}
 BAND = "#dddddd"
 
 

@@ -15,7 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ from bench.e2e.compare import THREADS
 from bench.e2e.documents import Documents
 from bench.e2e.job import Job
 from bench.e2e.shapes import SHAPES, Shape
-from bench.e2e.variants import fill
-from bench.fp8_curves import BASELINE, FINAL, Row, table, verdicts
+from bench.e2e.variants import fill, move_by_a_rounding
+from bench.fp8_curves import BASELINE, FINAL, MOVED, Row, table, verdicts
 from bench.rows import RESULTS, about_run, append
 
 CASE = "fp8_training"
@@ -162,7 +162,10 @@ def run(recipe: str, seed: int, setup: Setup, bar: Any) -> Row:
         RuntimeError: a recipe was asked for and no linear took it, or a bfloat16 one did.
     """
     trained_on, held_out = texts()
-    model = accel.apply(build(setup, seed), fp8=False if recipe == BASELINE else recipe)
+    model = build(setup, seed)
+    if recipe == MOVED:
+        move_by_a_rounding(model, seed)
+    model = accel.apply(model, fp8=recipe if recipe in FP8 else False)
     start, losses = time.perf_counter(), []
     for loss in training(model, setup, seed, trained_on):
         losses.append(loss.item())
@@ -170,7 +173,7 @@ def run(recipe: str, seed: int, setup: Setup, bar: Any) -> Row:
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
     seconds = time.perf_counter() - start
     calls = accel.report(model).counts.fused["fp8"]
-    if bool(calls) is (recipe == BASELINE):
+    if bool(calls) is not (recipe in FP8):
         raise RuntimeError(f"{recipe}: {calls} linears were multiplied in 8 bits")
     held_out_value = held_out_loss(model, setup, held_out)
     last = losses[-FINAL:]
@@ -226,9 +229,12 @@ def _train(options: argparse.Namespace) -> list[Row]:
 
 
 def _newest(folder: Path) -> list[Row]:
+    """The newest row of each recipe and seed, of those trained as the last one was."""
     path = folder / f"{CASE}.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-    return [row for row in rows if row["time"] == rows[-1]["time"]]
+    names = [field.name for field in fields(Setup)]
+    alike = [row for row in rows if all(row[name] == rows[-1][name] for name in names)]
+    return list({(row["recipe"], row["seed"]): row for row in alike}.values())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -247,10 +253,20 @@ def _parser() -> argparse.ArgumentParser:
         help="runs of each recipe, from other weights and in another order (%(default)s)",
     )
     add("--noise-seeds", type=int, default=6, help="runs of bfloat16, whose spread is the noise (%(default)s)")
-    add("--recipes", nargs="+", choices=FP8, default=list(FP8), help=f"of fp8= (default: {' '.join(FP8)})")
+    add(
+        "--recipes",
+        nargs="+",
+        choices=(*FP8, MOVED),
+        default=[*FP8, MOVED],
+        help=f"of fp8=, and {MOVED}, bfloat16 from weights moved by a rounding (default: all)",
+    )
     add("--out", type=Path, default=RESULTS, help="folder of fp8_training.jsonl (default bench/results)")
     add("--plot", type=Path, metavar="PNG", help="draw the curves")
-    add("--read", action="store_true", help="train nothing: judge and draw the newest rows in --out")
+    add(
+        "--read",
+        action="store_true",
+        help="train nothing: judge and draw the newest rows in --out of each recipe and seed",
+    )
     add("--tiny", action="store_true", help="a model of 140 thousand weights on short rows")
     return parser
 
