@@ -2,9 +2,10 @@
 
 The noise of a figure is its standard deviation over the seeds of bfloat16. Trainings of one seed do not stay together: any rounding
 leads them apart after some dozen steps, as the control shows, bfloat16 from weights of which one in twelve is moved by a unit in the
-last place. So a difference to bfloat16 of the same seed is judged as one of two seeds, whose noise is sqrt(2) times as large, and the
-mean of n of them by sqrt(2 / n). A recipe lies within the noise where neither any of its differences nor their mean is more than
-`ALLOWED` times its own noise, above or below. More seeds see smaller differences. NaN lies outside.
+last place (it stays nearer than another seed, 8-bit products come to be as far). So a difference to bfloat16 of the same seed is
+judged as one of two seeds, whose noise is sqrt(2) times as large, and the mean of n of them by sqrt(2 / n). A recipe lies within the
+noise where neither any of its differences nor their mean is more than `ALLOWED` times its own noise, above or below. More seeds see
+smaller differences. NaN lies outside.
 
 Two figures are judged: the mean loss of the last `FINAL` steps, whose noise is also that of another order of the text, and the loss on
 held-out text, the same for all, whose noise is that of the trained weights alone.
@@ -51,14 +52,19 @@ class Verdict:
 
     @property
     def allowed(self) -> float:
-        """Of the mean; of one difference sqrt(n) times as much."""
+        """Of the mean."""
         return ALLOWED * self.noise * math.sqrt(2 / len(self.differences))
+
+    @property
+    def allowed_of_one(self) -> float:
+        """Of each difference."""
+        return ALLOWED * self.noise * math.sqrt(2)
 
     @property
     def within(self) -> bool:
         """Whether every difference and their mean is within its noise."""
-        of_one = self.allowed * math.sqrt(len(self.differences))
-        return abs(self.difference) <= self.allowed and all(abs(one) <= of_one for one in self.differences)
+        each = all(abs(one) <= self.allowed_of_one for one in self.differences)
+        return each and abs(self.difference) <= self.allowed
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
@@ -89,37 +95,29 @@ def smoothed(losses: Sequence[float]) -> list[float]:
     return [statistics.fmean(losses[max(0, end - FINAL) : end]) for end in range(1, len(losses) + 1)]
 
 
+COLUMNS = ("recipe", "figure", "loss", "by seed", "noise", "mean", "allowed", "of one", "verdict", "s")
+
+
 def table(rows: Sequence[Row]) -> Table:
     """Losses, differences and verdicts."""
     first = rows[0]
     found = Table(
         title=f"{first['parameters'] / 1e6:.2f} million weights, {first['steps']} steps of {first['rows']} x {first['length']} bytes",
-        caption=f"loss in nats a byte; differences to bfloat16 of the same seed; {first['device_name']} {first['arch']}",
+        caption="loss in nats a byte; by seed and its mean: differences to bfloat16 of the same seed, and what is allowed of both\n"
+        f"{first['device_name']} {first['arch']}",
     )
-    seeds, both = list(by_seed(rows, BASELINE, "seed")), shared(rows)
-    for name in (
-        "recipe",
-        "figure",
-        "mean",
-        *(f"seed {seed}" for seed in seeds),
-        "noise",
-        "difference",
-        "allowed",
-        "verdict",
-        "s",
-    ):
-        found.add_column(name, justify="left" if name in ("recipe", "figure") else "right")
+    for name in COLUMNS:
+        found.add_column(name, justify="left" if name in ("recipe", "figure", "by seed") else "right")
     for figure, name in FIGURES.items():
-        base = by_seed(rows, BASELINE, figure)
-        losses = [f"{loss:.4f}" for loss in base.values()]
-        noise, mean = statistics.stdev(base.values()), statistics.mean(base[seed] for seed in both)
-        found.add_row(BASELINE, name, f"{mean:.4f}", *losses, f"{noise:.4f}", "-", "-", "-", _seconds(rows, BASELINE))
+        values = by_seed(rows, BASELINE, figure).values()
+        losses, noise = " ".join(f"{loss:.3f}" for loss in values), statistics.stdev(values)
+        about = (f"{statistics.mean(values):.3f}", losses, f"{noise:.3f}")
+        found.add_row(BASELINE, name, *about, *"----", _seconds(rows, BASELINE))
     for one in verdicts(rows):
-        differences = [f"{difference:+.4f}" for difference in one.differences]
-        differences += ["-"] * (len(seeds) - len(differences))
-        verdict = "within" if one.within else "outside"
-        judged = (f"{one.noise:.4f}", f"{one.difference:+.4f}", f"{one.allowed:.4f}", verdict)
-        cells = (f"{one.mean:.4f}", *differences, *judged, _seconds(rows, one.recipe))
+        differences = " ".join(f"{difference:+.3f}" for difference in one.differences)
+        allowed = (f"{one.difference:+.3f}", f"{one.allowed:.3f}", f"{one.allowed_of_one:.3f}")
+        judged = (f"{one.noise:.3f}", *allowed, "within" if one.within else "outside")
+        cells = (f"{one.mean:.3f}", differences, *judged, _seconds(rows, one.recipe))
         found.add_row(one.recipe, FIGURES[one.figure], *cells)
     return found
 

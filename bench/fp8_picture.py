@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.fp8_curves import BASELINE, FINAL, MOVED, Row, by_seed, shared, smoothed, verdicts
+from bench.fp8_curves import BASELINE, FIGURES, FINAL, MOVED, Row, by_seed, shared, smoothed, verdicts
 
 matplotlib.use("Agg")
 
@@ -26,14 +26,16 @@ BAND = "#dddddd"
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the rows of one run of the benchmark."""
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(2.2, 1), height_ratios=(1.5, 1))
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.7, 1), height_ratios=(1.5, 1))
     curves = {recipe: _curves(rows, recipe) for recipe in dict.fromkeys(row["recipe"] for row in rows)}
     above = figure.add_subplot(grid[0, 0])
     both = shared(rows)
     _losses(above, curves, both)
     _differences(figure.add_subplot(grid[1, 0], sharex=above), curves)
-    _held_out(figure.add_subplot(grid[:, 1]), rows)
+    right = grid[:, 1].subgridspec(2, 1)
+    for number, (name, said) in enumerate(FIGURES.items()):
+        _judged(figure.add_subplot(right[number]), rows, name, said)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
@@ -94,23 +96,27 @@ def _differences(axes: Axes, curves: dict[str, dict[int, list[float]]]) -> None:
     )
 
 
-def _held_out(axes: Axes, rows: Sequence[Row]) -> None:
-    found = [one for one in verdicts(rows) if one.figure == "held_out_loss"]
-    noise = found[0].noise
-    mean = statistics.mean(by_seed(rows, BASELINE, "held_out_loss").values())
-    axes.axhspan(-noise, noise, color=BAND, label=f"noise of bfloat16: {mean:.3f} +-{noise:.4f}")
+def _judged(axes: Axes, rows: Sequence[Row], name: str, said: str) -> None:
+    """A figure's differences: dots, and a bar for their mean."""
+    found = [one for one in verdicts(rows) if one.figure == name]
+    noise, of_one = found[0].noise, found[0].allowed_of_one
+    mean = statistics.mean(by_seed(rows, BASELINE, name).values())
+    axes.axhspan(-noise, noise, color=BAND, label=f"noise of bfloat16: {mean:.3f} +- {noise:.3f}")
     axes.axhline(0, color=COLOURS[BASELINE], lw=1)
     for place, one in enumerate(found):
-        axes.scatter([place] * len(one.differences), one.differences, color=COLOURS[one.recipe], s=36, zorder=3)
-        axes.hlines(one.difference, place - 0.2, place + 0.2, color=COLOURS[one.recipe], lw=2)
+        colour = COLOURS[one.recipe]
+        axes.scatter([place] * len(one.differences), one.differences, color=colour, s=24, zorder=3)
+        axes.hlines(one.difference, place - 0.25, place + 0.25, color=colour, lw=2.5)
+        axes.hlines([-one.allowed, one.allowed], place - 0.4, place + 0.4, color="#333333", lw=1, ls="--")
+    axes.hlines([], 0, 0, color="#333333", lw=1, ls="--", label="allowed of the mean")
     for sign in (-1, 1):
-        label = f"allowed of a mean: +-{found[0].allowed:.4f}" if sign == 1 else None
-        axes.axhline(sign * found[0].allowed, color="#333333", lw=1, ls="--", label=label)
-    axes.set_xticks(range(len(found)), [one.recipe.replace("_", "\n") for one in found])
+        axes.axhline(sign * of_one, color="#333333", lw=1, ls=":", label="allowed of one" if sign == 1 else None)
+    axes.set_xticks(range(len(found)), [one.recipe.replace("_", "\n") for one in found], fontsize=8)
     axes.set_xlim(-0.6, len(found) - 0.4)
-    axes.margins(y=0.15)
+    largest = max(of_one, *(abs(difference) for one in found for difference in one.differences))
+    axes.set_ylim(-1.1 * largest, 1.9 * largest)  # the legend stands above
     axes.set_ylabel("nats a byte")
     axes.set_title(
-        "Held-out loss, difference to bfloat16\nof the same seed: dots, and their mean", loc="left", fontsize=10
+        f"Loss, {said}: differences to bfloat16\nof the same seed (dots), and their mean", loc="left", fontsize=10
     )
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=7.5, frameon=False, loc="upper left")
