@@ -41,7 +41,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
     first = rows[0]
     figure.suptitle(
-        f"Training with 8-bit products beside bfloat16: Llama structure, {first['parameters'] / 1e6:.1f} million weights, {len(both)} seeds (bfloat16: {len(curves[BASELINE])})\n"
+        f"Training with 8-bit products beside bfloat16: Llama structure, {first['parameters'] / 1e6:.1f} million weights, {len(both)} to {len(curves[BASELINE])} seeds\n"
         f"{first['data']}; {first['rows']} x {first['length']} bytes a step; {first['device_name']} {first['arch']}",
         fontsize=11,
     )
