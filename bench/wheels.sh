@@ -34,6 +34,7 @@ packages() {
         liger) echo liger-kernel==0.8.5 ;;
         cce) echo cut-cross-entropy==25.1.1 ;;
         te) echo transformer-engine==2.20.2 pydantic==2.13.4 pydantic-core==2.46.4 annotated-types typing-inspection importlib-metadata ;;
+        fp8) echo torchao==0.18.0 ;;
         unsloth) echo unsloth==2026.10.9 unsloth_zoo trl==1.15.0 xformers tyro docstring-parser typeguard datasets==4.8.4 dill multiprocess ;;
         nemo) echo nemo-automodel==0.7.0 megatron-fsdp==0.5.0 torchdata torchao==0.18.0 flashoptim datasets==4.8.4 dill multiprocess ;;
         *) echo "bench/wheels.sh: no set named $1; see bench/wheels.sh --help" >&2 && return 1 ;;
