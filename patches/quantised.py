@@ -1,4 +1,6 @@
-"""QLoRA: PEFT's LoRA layers around the 4-bit and 8-bit linears of bitsandbytes. The library computes its product, we what is added.
+"""QLoRA: PEFT's LoRA layers around the linears that a library quantised: its own product, and what is added to it by us.
+
+Served: the 4-bit and 8-bit linears of bitsandbytes, and transformers' FP8 linears (checkpoints in blocks of 8-bit floats).
 
 The base stays the library's own, dequantised by it in its own matrix product. What the adapters of one input add to the products is
 computed in one node of autograd (kernels/lora/beside.py), in the memory of the products. Groups that share an input are found
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
@@ -44,8 +47,11 @@ from automodel_accel.patches.probe import linear_of
 from automodel_accel.patches.retype import original_class, retype
 
 LIBRARY = "bitsandbytes"
+FP8_LINEARS = "transformers.integrations.finegrained_fp8"
 PEFTS = "peft.tuners.lora."  # where PEFT's layers are, those of one library in one module
-BITS = {"Linear4bit": 4, "Linear8bitLt": 8}  # PEFT's class, and the library's that it is around
+KINDS = {"Linear4bit": "4-bit", "Linear8bitLt": "8-bit"}  # PEFT's class, and the library's that it is around
+FP8 = "fp8"
+KEEPS_X = ("8-bit",)  # the library's own product keeps the input
 # module of PEFT's layers -> the library that quantised what they are around
 OTHERS = {
     **{"aqlm": "AQLM", "awq": "AWQ", "eetq": "EETQ", "gptq": "GPTQ", "hqq": "HQQ", "inc": "Intel Neural Compressor"},
@@ -62,13 +68,13 @@ class QuantisedForm:
     """What was recognised.
 
     Attributes:
-        bits: Of the weights: 4 or 8.
+        kind: Of the weights: "4-bit", "8-bit" (integers) or "fp8".
         groups: Names of the children that share an input, for each input; empty for a layer on its own.
         count: How many layers these are.
         recompute: Whether a source is saved in place of an input. Never where the library keeps the input itself.
     """
 
-    bits: int
+    kind: str
     groups: tuple[tuple[str, ...], ...]
     count: int
     recompute: bool
@@ -77,7 +83,7 @@ class QuantisedForm:
         """For the plan."""
         said = ["; ".join(f"{', '.join(names)} of one input" for names in self.groups)] if self.groups else []
         again = ["the input computed again in backward, where that is cheap"] if self.recompute else []
-        return ", ".join([*said, f"LoRA on {self.bits}-bit", *again])
+        return ", ".join([*said, f"LoRA on {self.kind}", *again])
 
 
 class QuantisedPatch(LinearPatch):
@@ -94,8 +100,8 @@ class QuantisedPatch(LinearPatch):
         if isinstance(module, LoraLayer):
             if (reason := _reason_against(module, context.facts)) is not None:
                 return Refusal(path, reason, "PEFT's own forward stays")
-            return self._claim_layers((), [module], [], context) if bits_of(module) and self._is_free(module) else None
-        if "forward" in vars(module) or not any(map(bits_of, module._modules.values())):
+            return self._claim_layers((), [module], [], context) if kind_of(module) and self._is_free(module) else None
+        if "forward" in vars(module) or not any(map(kind_of, module._modules.values())):
             return None
         names_of_groups = [self._alike(module, names, context.facts) for names in self._read(module)]
         groups = tuple(names for names in names_of_groups if len(names) > 1)
@@ -107,9 +113,9 @@ class QuantisedPatch(LinearPatch):
         """Those that are such layers, of one kind and width, and not taken."""
         children: dict[str, Any] = {name: module._modules.get(name) for name in names}
         found = {
-            name: child for name, child in children.items() if bits_of(child) and not _reason_against(child, facts)
+            name: child for name, child in children.items() if kind_of(child) and not _reason_against(child, facts)
         }
-        kinds = {(bits_of(child), child.in_features) for child in found.values()}
+        kinds = {(kind_of(child), child.in_features) for child in found.values()}
         return tuple(found) if len(kinds) == 1 and all(map(self._is_free, found.values())) else ()
 
     def _claim_layers(
@@ -117,11 +123,11 @@ class QuantisedPatch(LinearPatch):
     ) -> Claim | None:
         """Its dtype is that of the adapters: the base has one only while it computes."""
         dtypes = {a.weight.dtype for member in members for a in member.lora_A.values()}
-        bits = bits_of(members[0])
-        if len(dtypes) != 1 or bits is None:
+        kind = kind_of(members[0])
+        if len(dtypes) != 1 or kind is None:
             return None
         (dtype,) = dtypes
-        form = QuantisedForm(bits, groups, len(members), context.recompute is not None and bits == 4)
+        form = QuantisedForm(kind, groups, len(members), context.recompute is not None and kind not in KEEPS_X)
         paths = tuple(self._paths[id(module)] for module in (*members, *parents))
         choices = context.choices(KERNEL, dtype, members[0].in_features)
         return Claim(self.fusion, paths, form.label(), dtype, form, choices, part="quantised linear")
@@ -203,17 +209,19 @@ class QuantisedPatch(LinearPatch):
             retype(parent, {"forward": parent_forward(type(parent).forward, form.groups)}, counts)
 
 
-def bits_of(module: Any) -> int | None:
-    """Of the weights in PEFT's layer around a linear of the library; None for any other module.
+def kind_of(module: Any) -> str | None:
+    """Of the weights in PEFT's layer around a linear of a library that is served; None for any other module.
 
-    By the classes themselves. Neither the library nor PEFT's layers for it are imported: where they were not, there is none.
+    By the classes themselves. Neither a library nor PEFT's layers for it are imported: where they were not, there is none.
     """
     if not isinstance(module, LoraLayer):
         return None
     kind, base = original_class(module), original_class(module.base_layer)  # type: ignore[arg-type]
+    if kind is LoraLinear:
+        return FP8 if base is getattr(sys.modules.get(FP8_LINEARS), "FP8Linear", None) else None
     layers, library = sys.modules.get(f"{PEFTS}bnb"), sys.modules.get(f"{LIBRARY}.nn")
     is_theirs = kind is getattr(layers, kind.__name__, None) and base is getattr(library, kind.__name__, None)
-    return BITS.get(kind.__name__) if is_theirs else None
+    return KINDS.get(kind.__name__) if is_theirs else None
 
 
 def _reason_against(layer: Any, facts: Facts) -> str | None:
@@ -223,7 +231,7 @@ def _reason_against(layer: Any, facts: Facts) -> str | None:
         return None
     if (other := OTHERS.get(of)) is not None:
         return f"its base is quantised by {other}; LoRA is computed beside the 4-bit and 8-bit linears of {LIBRARY}"
-    if of != "bnb" or (bits_of(layer) and facts.has(LIBRARY)):
+    if of != "bnb" or (kind_of(layer) and facts.has(LIBRARY)):
         return None
     if not facts.has(LIBRARY):
         return f"its base is quantised by {LIBRARY}, which is not installed; pip install {LIBRARY}"

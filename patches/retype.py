@@ -17,6 +17,7 @@ from automodel_accel.patches.quirks import OTHER_ACCELERATORS
 MODEL = "the model"  # the place whose dotted name is empty
 INSTANCE_STATE = "_accel_"  # prefix of attributes that a swapped forward may set on its instance
 RESTORE = "_accel_restore"  # a method that undoes what a swap did beside
+BEFORE_COPY = "_accel_before_copy"  # a method to be called before the instance is copied or pickled
 
 
 def retype(module: nn.Module, methods: Mapping[str, Callable[..., Any]], owner: object) -> None:
@@ -127,8 +128,11 @@ class _New:
 
 
 def _copying(original: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+
     # no __deepcopy__: PEFT's wrappers answer every attribute of the model in them, and would be copied as that model
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        if (before := getattr(type(self), BEFORE_COPY, None)) is not None:
+            before(self)
         reduced: Any = original.__reduce_ex__(self, max(protocol, 2))
         state = reduced[2]
         if isinstance(state, dict):

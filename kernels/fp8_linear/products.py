@@ -36,14 +36,14 @@ def product(
         b_PK: 8-bit, contiguous. K and P are multiples of 16 where the hardware multiplies.
         scale_a: Float32 [] or [M, 1].
         scale_b: Float32 [] or [P, 1].
-        bias_P: In any floating dtype, or None.
+        bias_P: In any floating dtype, or None; it is rounded to `dtype` first, as autocast does.
         dtype: Of the product.
         engine: "native" or "emulated".
         fast: Whether a GPU may accumulate with fewer bits (`use_fast_accum`).
     """
     if engine == EMULATED:
         wide = (a_MK.float() * scale_a) @ (b_PK.float() * scale_b).t()
-        return (wide if bias_P is None else wide + bias_P.float()).to(dtype)
+        return (wide if bias_P is None else wide + bias_P.to(dtype).float()).to(dtype)
     rowwise = bool(scale_a.dim() or scale_b.dim())
     if rowwise:
         scale_a, scale_b = _vector(scale_a, a_MK.shape[0]), _vector(scale_b, b_PK.shape[0])

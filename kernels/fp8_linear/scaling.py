@@ -11,6 +11,8 @@ the scale: every value becomes NaN, and a loop that skips such steps sees it. So
 Learning", 2022.
 """
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,14 +52,15 @@ def formats_here() -> Formats:
 def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The scale of values up to `amax`, float32 of any shape, in the 8-bit format `dtype`: float32 of that shape, on the device."""
     bits = amax.contiguous().view(torch.int32)
-    exponent, mantissa = bits >> MANTISSA_BITS, bits & MANTISSA
+    exponent, mantissa = bits >> MANTISSA_BITS & NOT_FINITE, bits & MANTISSA  # a NaN may have a sign
     largest = parts_of_largest(dtype)
     biased = exponent - largest[0] + (mantissa > largest[1]).int()
     scale = (biased.clamp(min=LEAST) << MANTISSA_BITS).view(torch.float32)
     return torch.where(exponent == NOT_FINITE, amax, scale)
 
 
+@functools.cache
 def parts_of_largest(dtype: torch.dtype) -> tuple[int, int]:
     """Exponent (unbiased) and mantissa, as of a float32, of the largest finite value of an 8-bit format."""
-    bits = int(torch.tensor(torch.finfo(dtype).max).view(torch.int32).item())
-    return (bits >> MANTISSA_BITS) - 127, bits & MANTISSA
+    half_to_one, exponent = math.frexp(torch.finfo(dtype).max)
+    return exponent - 1, int((2 * half_to_one - 1) * (MANTISSA + 1))

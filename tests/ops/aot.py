@@ -26,6 +26,12 @@ TARGETS = (
     GPUTarget("cuda", 100, 32),
     GPUTarget("hip", "gfx942", 64),
 )
+EIGHT_BIT_CAST = re.compile(r"cvt\.rn\.\S*e[45]m[23]x2\S*|v_cvt_\S*pk_(?:fp8|bf8)_f32")
+
+
+def name_of(target: GPUTarget) -> str:
+    """Such as "sm_90" or "gfx942"."""
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Compiled:
         shared: Bytes of shared memory of a program.
         widest: Widest access to global memory, in bytes.
         narrow: How many accesses to global memory take 2 bytes or less.
+        eight_bit_casts: Instructions that round to 8 bits.
         short_products: Sizes and strides that the kernel multiplies in 32 bits, which overflows past 2^31 elements.
     """
 
@@ -70,6 +77,7 @@ class Compiled:
     shared: int
     widest: int
     narrow: int
+    eight_bit_casts: list[str]
     short_products: list[str]
     programs_per_processor: int
     may_spill: bool
@@ -103,13 +111,16 @@ def _measured(case: AotCase, target: GPUTarget, kernel: Any) -> Compiled:
     return Compiled(
         case=case.name,
         kernel=kernel.metadata.name,
-        target=f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch),
+        target=name_of(target),
         threads=kernel.metadata.num_warps * target.warp_size,
         registers=registers,
         spilled=spilled,
         shared=kernel.metadata.shared,
         widest=max(widths, default=0),
         narrow=sum(width <= 2 for width in widths),
+        eight_bit_casts=sorted(
+            set(EIGHT_BIT_CAST.findall(kernel.asm["ptx" if target.backend == "cuda" else "amdgcn"]))
+        ),
         short_products=_short_products(kernel.asm["ttir"]),
         programs_per_processor=case.programs_per_processor,
         may_spill=case.may_spill,
@@ -155,9 +166,11 @@ def _short_products(ttir: str) -> list[str]:
 
 
 def main(operation: str) -> None:
-    """Compile every case of one operation for every target."""
+    """Compile every case of one operation for every target of its own."""
     for case in CASES[operation]:
-        for index in range(len(TARGETS)):
+        for index, target in enumerate(TARGETS):
+            if case.targets and name_of(target) not in case.targets:
+                continue
             for compiled in compile_case(case, index):
                 sys.stdout.write(json.dumps(dataclasses.asdict(compiled)) + "\n")
 

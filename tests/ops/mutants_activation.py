@@ -52,8 +52,8 @@ PASSES = (
     Mutant(FUSED, "_rows_and_cols(grad_output_NF, kept_NF)", "_rows_and_cols(kept_NF)", "flattens a strided gradient"),
     Mutant(
         FUSED,
-        "        x_NF.stride(0),\n        ACTIVATION",
-        "        n_cols,\n        ACTIVATION",
+        "        x_NF.stride(0),\n        y_NF",
+        "        n_cols,\n        y_NF",
         "takes the input for contiguous",
     ),
 )

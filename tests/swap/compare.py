@@ -44,7 +44,8 @@ def only(*fusions: str) -> dict[str, str | bool]:
 
 def others_off(*fusions: str) -> dict[str, bool]:
     """The same, which leaves how to serve these to other settings."""
-    names = {field.name for field in fields(accel.AccelConfig)} - {"strict", "recompute", "implementation", *fusions}
+    others = {"strict", "recompute", "implementation", "fp8_layers"}
+    names = {field.name for field in fields(accel.AccelConfig)} - others - {*fusions}
     return dict.fromkeys(sorted(names), False)
 
 
