@@ -81,7 +81,9 @@ def _measure(options: argparse.Namespace, console: Console) -> int:
                 "There is no GPU: sizes are cut to what a CPU does in seconds, and peers that need one are left out."
             )
         if "fp8" in chosen and not is_fast(this_machine().arch):
-            console.print(f"{this_machine().arch} multiplies 8-bit values no faster than others, or emulates it: no gain is to be seen.")
+            console.print(
+                f"{this_machine().arch} multiplies 8-bit values no faster than others, or emulates it: no gain is to be seen."
+            )
         _warn_of_load(console)
         outcomes, red = _run(chosen, settings, options.minutes, console)
         rows = [row for outcome in outcomes for row in outcome.rows]

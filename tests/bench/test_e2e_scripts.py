@@ -23,7 +23,14 @@ def test_dry_run_prints_every_part_within_the_time(tmp_path: Path) -> None:
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert all(line.startswith("timeout ") for line in lines)
-    parts = ("-m pytest -m gpu", " kernels --op linear", " kernels --op lora", " kernels --op fp8", "-m bench e2e", "-m bench.e2e.summary")
+    parts = (
+        "-m pytest -m gpu",
+        " kernels --op linear",
+        " kernels --op lora",
+        " kernels --op fp8",
+        "-m bench e2e",
+        "-m bench.e2e.summary",
+    )
     limits = [next(int(line.split()[1]) for line in lines if part in line) for part in parts]
     assert sum(limits) <= 9 * 60
     assert "Llama-3-8B --rows 2 --repetitions 1 --methods lora" in done.stdout
