@@ -24,8 +24,8 @@ from bench.e2e.agreement import curves, gradients
 from bench.e2e.flops import Flops, step_flops
 from bench.e2e.job import Job, Measurement
 from bench.e2e.shapes import shape_of
-from bench.fp8 import is_other_arithmetic
 from bench.e2e.variants import OURS, VANILLA, parse
+from bench.fp8 import is_other_arithmetic
 
 ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
