@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module, in_triton
+from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module, in_te, in_triton
 from automodel_accel.kernels.fp8_linear import noted, reference
 from automodel_accel.kernels.fp8_linear.casts import Cast
 from automodel_accel.kernels.fp8_linear.products import ARCHS, engine_on, product
@@ -37,19 +37,24 @@ MULTIPLE = 16  # of in_features and out_features: what the hardware multiplies
 FIRST = 2  # of the weights among the inputs
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
+ROWWISE = frozenset({"rowwise"})
+LACKS = {"rowwise": "has one scale for a tensor, where the recipe has one for each row"}
+
 KERNEL = Kernel(
     name="fp8_linear",
     reference=reference.fp8_linears,  # type: ignore[arg-type]  # several outputs
     implementations=(
         in_triton(
-            "automodel_accel.kernels.fp8_linear.casts_fused", archs=ARCHS
+            "automodel_accel.kernels.fp8_linear.casts_fused", features=ROWWISE, archs=ARCHS
         ),  # elsewhere the formats do not compile
         Implementation(
             name="torch",
             module="automodel_accel.kernels.fp8_linear.casts",
             devices=frozenset({"cuda", "xpu", "cpu", "mps"}),
             dtypes=DTYPES,
+            features=ROWWISE,
         ),
+        in_te("automodel_accel.kernels.fp8_linear.te", frozenset(), LACKS, archs=("sm_90",)),
     ),
 )
 
@@ -67,6 +72,11 @@ class Recipe:
     rowwise: bool = False
     wide_gradients: bool = False
     engine: str | None = None
+
+
+def features(recipe: Recipe) -> frozenset[str]:
+    """What a recipe asks for beyond one scale a tensor."""
+    return ROWWISE if recipe.rowwise else frozenset()
 
 
 def fp8_linears(
@@ -88,7 +98,7 @@ def fp8_linears(
         recipe: How values are rounded.
         held: Where the cast of these weights is kept while they stay as they are; None: cast now, and again in backward.
         source: What x was computed from, to be saved in place of its cast; see `source_of`.
-        implementation: "auto", "triton" or "torch": what casts.
+        implementation: "auto", "triton", "torch" or "te": what casts.
 
     Returns:
         [..., F_i] for each weight, in x's dtype or autocast's.
@@ -101,7 +111,7 @@ def fp8_linears(
         return tuple(torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     held = None if is_gathered(weights) else held
     kind = x.device.type
-    module = implementation_module(KERNEL, kind, x.dtype, x.shape[-1], implementation)
+    module = implementation_module(KERNEL, kind, x.dtype, x.shape[-1], implementation, features(recipe))
     if not torch.is_autocast_enabled(kind):
         return _Fp8Linears.apply((module, recipe, held, source, x.dtype), x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
     dtype = torch.get_autocast_dtype(kind)
