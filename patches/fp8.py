@@ -18,7 +18,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from automodel_accel.kernels.contract import Refusal
+from automodel_accel.kernels.contract import AUTO, Refusal
 from automodel_accel.kernels.facts import Facts
 from automodel_accel.kernels.fp8_linear import KERNEL, MULTIPLE, Recipe, features, fp8_linears
 from automodel_accel.kernels.fp8_linear.noted import Wish
@@ -295,7 +295,7 @@ def _shared_outputs(
 
 
 def _only_what_pays(context: Context) -> bool:
-    return context.fp8 not in RECIPES and not context.fp8_layers
+    return context.fp8 == AUTO and not context.fp8_layers
 
 
 def _no_gain(context: Context) -> Refusal | None:
