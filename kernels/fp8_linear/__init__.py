@@ -207,13 +207,13 @@ class _Fp8Linears(torch.autograd.Function):
         grad_weights: list[torch.Tensor | None] = [None] * count
         if of_w is not None:
             q_t = ctx.module.transposed(of_w.q) if of_w.q_t is None else of_w.q_t
-            scale = _one(of_w.scale) if rowwise else of_w.scale
+            scale = None if rowwise else of_w.scale
             grad_x = product(straight.q, q_t, straight.scale, scale, None, ctx.dtype, ctx.engine)
             grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
         if of_x is not None:
             if ctx.held is not None:
                 ctx.held.passed = True
-            scale, x_t = _one(of_x.scale) if rowwise else of_x.scale, of_x.q_t
+            scale, x_t = None if rowwise else of_x.scale, of_x.q_t
             assert x_t is not None
             parts = zip(turned.q_t.split(ctx.widths), _scales(turned.scale, ctx.widths), strict=True)
             grad_weights = [
@@ -257,7 +257,3 @@ def _cast_again(ctx: Any, kept: Sequence[torch.Tensor]) -> Cast:
 def _scales(scale: torch.Tensor, widths: Sequence[int]) -> Sequence[torch.Tensor]:
     """Of each of the tensors in a cast."""
     return torch.split(scale, list(widths)) if scale.dim() else [scale] * len(widths)
-
-
-def _one(like: torch.Tensor) -> torch.Tensor:
-    return torch.ones((), dtype=like.dtype, device=like.device)

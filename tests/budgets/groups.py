@@ -35,6 +35,7 @@ def _launches() -> Figures:
         "llama": of_ours,
         "llama, LoRA": layers.lora(0.0, of_ours),
         f"llama, LoRA with dropout {layers.DROPOUT}": layers.lora(layers.DROPOUT, of_ours),
+        "llama, FP8 tensorwise": layers.ours(**layers.FP8, fp8="tensorwise"),
     }
     return named | {f"{name} / all": _total(layers.launches(change)) for name, change in changes.items()}
 
@@ -53,6 +54,8 @@ def _saved() -> Figures:
     for label, settings in layers.SAVING.items():
         change = layers.lora(layers.DROPOUT, layers.ours(**settings))
         figures[f"{LORA} / {label}"] = layers.saved_bytes("Llama-3-8B", change)
+        in_8_bits = layers.ours(**settings, fp8="tensorwise")
+        figures[f"Llama-3-8B, FP8 / {label}"] = layers.saved_bytes("Llama-3-8B", in_8_bits)
     return figures
 
 

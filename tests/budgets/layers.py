@@ -34,6 +34,7 @@ TRITON: dict[str, Any] = {
     "loss": False,  # no part of a layer
     "strict": True,
 }
+FP8: dict[str, Any] = {**TRITON, "linear": "auto", "implementation": "triton"}  # and the recipe
 # settings whose saved bytes have a budget
 SAVING: dict[str, dict[str, Any]] = {
     "default": TORCH_ATTENTION,

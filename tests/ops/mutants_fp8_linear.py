@@ -12,8 +12,18 @@ VALUES = (
     Mutant(CASTS, ".clamp(-most, most)", ".clamp(-most, most / 2)", "saturates early"),
     Mutant(CASTS, "_amax(x, 1) for x in tensors", "_amax(x, 1) for x in tensors[:1] * len(tensors)", "first weight's"),
     Mutant(HOST, "scale, bias, dtype, engine, fast=True", "scale, None, dtype, engine, fast=True", "no bias"),
-    Mutant(HOST, "_one(of_w.scale) if rowwise else", "of_w.scale[0, 0] if rowwise else", "a scale counted twice in dx"),
-    Mutant(HOST, "_one(of_x.scale) if rowwise else", "of_x.scale[0, 0] if rowwise else", "a scale counted twice in dW"),
+    Mutant(
+        HOST,
+        "None if rowwise else of_w.scale",
+        "of_w.scale[0, 0] if rowwise else of_w.scale",
+        "a scale counted twice in dx",
+    ),
+    Mutant(
+        HOST,
+        "None if rowwise else of_x.scale",
+        "of_x.scale[0, 0] if rowwise else of_x.scale",
+        "a scale counted twice in dW",
+    ),
     Mutant(HOST, "grad.sum(0)", "grad.mean(0)", "gradient of the bias"),
     Mutant(
         HOST,
