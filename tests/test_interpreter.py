@@ -1,4 +1,4 @@
-"""The repaired interpreter computes bfloat16 as torch does, bit for bit."""
+"""The repaired interpreter computes bfloat16, and casts to 8 bits, as torch does, bit for bit."""
 
 import pytest
 import torch
@@ -102,6 +102,44 @@ def test_dot_multiplies_values_and_not_bit_patterns() -> None:
     out = torch.empty(32, 32)
     dot_kernel[(1,)](a, b, out, 32)
     assert torch.equal(out, a.float() @ b.float())  # small integers: exact in any order
+
+
+EIGHT_BITS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+
+
+def around_eight_bits(dtype: torch.dtype) -> torch.Tensor:
+    """Each value of an 8-bit format, each tie between two, and float32's neighbours of these."""
+    values = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    values = values[values.isfinite()].sort().values
+    exact = torch.cat([values, (values[1:] + values[:-1]) / 2, torch.tensor([-0.0, 1e-30, -1e-45])])
+    up, down = (torch.nextafter(exact, torch.full_like(exact, to)) for to in (float("inf"), float("-inf")))
+    most = torch.finfo(dtype).max
+    every = torch.cat([exact, up, down]).clamp(-most, most)
+    return torch.cat([every, torch.full((SIZE - len(every),), float("nan"))])
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_cast_to_8_bits(dtype: torch.dtype) -> None:
+    source = torch.cat([around_eight_bits(dtype), torch.randn(SIZE, generator=torch.Generator().manual_seed(5))])
+    for part in source.split(SIZE):
+        out = torch.empty(SIZE, dtype=torch.uint8).view(dtype)
+        cast_kernel[(1,)](part, out, SIZE)
+        assert torch.equal(out.float().isnan(), part.isnan())
+        real = ~part.isnan()
+        assert torch.equal(out.view(torch.uint8)[real], part.to(dtype).view(torch.uint8)[real])
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_a_cast_to_8_bits_of_what_is_too_large(dtype: torch.dtype) -> None:
+    """As the hardware's; torch's gives NaN or infinity."""
+    most = torch.finfo(dtype).max
+    source = torch.tensor([most * 1.5, -most * 1.5, 1e30, -1e30, float("inf"), -float("inf")]).repeat(SIZE)[:SIZE]
+    out = torch.empty(SIZE, dtype=torch.uint8).view(dtype)
+    cast_kernel[(1,)](source, out, SIZE)
+    if dtype in EIGHT_BITS[:2]:
+        assert torch.equal(out.float(), source.sign() * most)
+    else:
+        assert out.float().isnan().all()
 
 
 def test_maximum_of_a_row() -> None:

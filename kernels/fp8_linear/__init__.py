@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module
+from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module, in_triton
 from automodel_accel.kernels.fp8_linear import reference
 from automodel_accel.kernels.fp8_linear.casts import Cast
 from automodel_accel.kernels.fp8_linear.products import engine_on, product
@@ -40,6 +40,7 @@ KERNEL = Kernel(
     name="fp8_linear",
     reference=reference.fp8_linears,  # type: ignore[arg-type]  # several outputs
     implementations=(
+        in_triton("automodel_accel.kernels.fp8_linear.casts_fused"),
         Implementation(
             name="torch",
             module="automodel_accel.kernels.fp8_linear.casts",

@@ -11,6 +11,8 @@ the scale: every value becomes NaN, and a loop that skips such steps sees it. So
 Learning", 2022.
 """
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,7 @@ from automodel_accel.kernels.facts import this_machine
 
 LEAST = 127 - 110  # biased exponent of the least scale
 MANTISSA_BITS, MANTISSA, NOT_FINITE = 23, (1 << 23) - 1, 255  # of a float32
+NO_SIGN = 0x7FFFFFFF
 FNUZ = ("gfx940", "gfx941", "gfx942")  # architectures whose formats have one zero and no infinity
 
 
@@ -49,7 +52,7 @@ def formats_here() -> Formats:
 
 def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The scale of values up to `amax`, float32 of any shape, in the 8-bit format `dtype`: float32 of that shape, on the device."""
-    bits = amax.contiguous().view(torch.int32)
+    bits = amax.contiguous().view(torch.int32) & NO_SIGN  # of a NaN
     exponent, mantissa = bits >> MANTISSA_BITS, bits & MANTISSA
     largest = parts_of_largest(dtype)
     biased = exponent - largest[0] + (mantissa > largest[1]).int()
@@ -57,7 +60,8 @@ def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(exponent == NOT_FINITE, amax, scale)
 
 
+@functools.cache
 def parts_of_largest(dtype: torch.dtype) -> tuple[int, int]:
     """Exponent (unbiased) and mantissa, as of a float32, of the largest finite value of an 8-bit format."""
-    bits = int(torch.tensor(torch.finfo(dtype).max).view(torch.int32).item())
-    return (bits >> MANTISSA_BITS) - 127, bits & MANTISSA
+    half_to_one, exponent = math.frexp(torch.finfo(dtype).max)
+    return exponent - 1, int((2 * half_to_one - 1) * (MANTISSA + 1))

@@ -33,6 +33,7 @@ class AotCase:
         programs_per_processor: How many programs must fit on one streaming multiprocessor at once.
         may_spill: Whether registers may spill: rows longer than 8192 do not fit into them.
         single_values: How many accesses of 2 bytes its kernels make, such as one logit of a row.
+        targets: Those that it is compiled for; all where empty.
     """
 
     name: str
@@ -40,6 +41,7 @@ class AotCase:
     programs_per_processor: int = 1
     may_spill: bool = False
     single_values: int = 0
+    targets: tuple[str, ...] = ()
 
 
 def with_room(case: AotCase) -> AotCase:
@@ -132,6 +134,7 @@ from tests.ops.aot_cases_activation import ACTIVATION
 from tests.ops.aot_cases_add_rms_norm import ADD_RMS_NORM
 from tests.ops.aot_cases_cross_entropy import CROSS_ENTROPY
 from tests.ops.aot_cases_experts import EXPERTS_CASES
+from tests.ops.aot_cases_fp8 import FP8
 from tests.ops.aot_cases_gated_norm import GATED_NORM
 from tests.ops.aot_cases_layer_norm import LAYER_NORM
 from tests.ops.aot_cases_lora import LORA
@@ -142,6 +145,7 @@ CASES: dict[str, list[AotCase]] = {
     "activation": ACTIVATION,
     "cross_entropy": CROSS_ENTROPY,
     "experts": EXPERTS_CASES,
+    "fp8_linear": FP8,
     "rms_norm": RMS_NORM,
     "add_rms_norm": ADD_RMS_NORM,
     "gated_linear": GATED_LINEAR,
