@@ -15,6 +15,7 @@ from torch import nn
 
 from automodel_accel.kernels.contract import AUTO, Choice, Kernel, Refusal, Spec, choose
 from automodel_accel.kernels.facts import Facts
+from automodel_accel.kernels.fp8_linear.history import Histories
 
 # (device type, dtype of the activations, ...): what a swapped forward looks up before it takes the fused path
 CallKey = tuple[Any, ...]
@@ -122,6 +123,7 @@ class Counts:
         materialised: Times that real logits were built in a training step with labels, by the operation that asked.
         report: The report that shows them; every swapped class leads back to it.
         rooms: Width of an input of adapted linears -> columns to leave beside it.
+        histories: Of FP8 linears with delayed scaling, which know on the device how many values saturated.
     """
 
     fused: Counter[str] = field(default_factory=Counter)
@@ -129,6 +131,12 @@ class Counts:
     materialised: Counter[str] = field(default_factory=Counter)
     report: object = None
     rooms: dict[int, int] = field(default_factory=dict)
+    histories: list[Histories] = field(default_factory=list)
+
+    @property
+    def saturated(self) -> int:
+        """Values past the range of their delayed scale; waits for the device."""
+        return sum(histories.saturated() for histories in self.histories)
 
     def room(self, size: int) -> int:
         """Columns to leave beside an output of that width: none where nothing trains, or in a graph of torch.compile."""

@@ -20,6 +20,7 @@ from torch import nn
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.facts import Facts
 from automodel_accel.kernels.fp8_linear import KERNEL, MULTIPLE, Recipe, fp8_linears
+from automodel_accel.kernels.fp8_linear.history import Histories
 from automodel_accel.kernels.fp8_linear.products import is_fast
 from automodel_accel.kernels.fp8_linear.weights import HeldCast
 from automodel_accel.kernels.lora.beside import beside
@@ -42,10 +43,12 @@ from automodel_accel.patches.linear import (
 from automodel_accel.patches.retype import MODEL, RESTORE, restore, retype
 
 HELD = "_accel_held"  # on a linear: the cast of its weights, and of those that it is computed with
+HISTORIES = "_accel_histories"  # on a linear: of its input, and of the gradients of those that it is computed with
 RECIPES: Mapping[str, Recipe] = {
     "tensorwise": Recipe(),
     "rowwise": Recipe(rowwise=True),
     "tensorwise_e5m2": Recipe(wide_gradients=True),
+    "delayed": Recipe(delayed=True),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -208,7 +211,7 @@ def _member_forward(
             counts.count(counts.passed_on, f"fp8: not proved for {key}")
             return original(self, x)
         counts.count(counts.fused, Fp8Patch.fusion)
-        output, *rest = _outputs(members, x, recipe, recompute, implementation)
+        output, *rest = _outputs(members, x, recipe, recompute, implementation, counts)
         if shared is not None:
             shared.keep(members[1:], x, rest)
         return output
@@ -230,14 +233,15 @@ def _with_weight(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _outputs(
-    members: Sequence[Any], x: torch.Tensor, recipe: Recipe, recompute: bool, implementation: str
+    members: Sequence[Any], x: torch.Tensor, recipe: Recipe, recompute: bool, implementation: str, counts: Counts
 ) -> list[torch.Tensor]:
     """What each of them gives for x: the 8-bit product, and what its adapter adds."""
     bases = [lora.base_of(member) for member in members]
     source = source_of(x) if recompute else None
     held = base8.held(bases) or vars(members[0]).setdefault(HELD, HeldCast())
     weights, biases = [base.weight for base in bases], [base.bias for base in bases]
-    outputs = list(fp8_linears(x, weights, biases, recipe, held=held, source=source, implementation=implementation))
+    kept = {"held": held, "source": source, "histories": _histories(members[0], counts) if recipe.delayed else None}
+    outputs = list(fp8_linears(x, weights, biases, recipe, **kept, implementation=implementation))
     if base8.release(bases, held.cast):
         vars(members[0]).pop(HELD)
     adapted = [i for i, member in enumerate(members) if lora.is_adapted(member)]
@@ -247,6 +251,14 @@ def _outputs(
         for i, output in zip(adapted, added, strict=True):
             outputs[i] = output
     return outputs
+
+
+def _histories(member: Any, counts: Counts) -> Histories:
+    """Of the linears that are computed with this one; the report reads how many values saturated."""
+    if HISTORIES not in vars(member):
+        vars(member)[HISTORIES] = Histories()
+        counts.histories.append(vars(member)[HISTORIES])
+    return vars(member)[HISTORIES]  # type: ignore[no-any-return]
 
 
 def _shared_outputs(
