@@ -240,8 +240,9 @@ def _outputs(
     source = source_of(x) if recompute else None
     held = base8.held(bases) or vars(members[0]).setdefault(HELD, HeldCast())
     weights, biases = [base.weight for base in bases], [base.bias for base in bases]
-    kept = {"held": held, "source": source, "histories": _histories(members[0], counts) if recipe.delayed else None}
-    outputs = list(fp8_linears(x, weights, biases, recipe, **kept, implementation=implementation))
+    histories = _histories(members[0], counts) if recipe.delayed else None
+    options: dict[str, Any] = {"held": held, "source": source, "histories": histories, "implementation": implementation}
+    outputs = list(fp8_linears(x, weights, biases, recipe, **options))
     if base8.release(bases, held.cast):
         vars(members[0]).pop(HELD)
     adapted = [i for i, member in enumerate(members) if lora.is_adapted(member)]

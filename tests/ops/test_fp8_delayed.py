@@ -13,17 +13,16 @@ import torch
 triton = pytest.importorskip("triton")
 
 from automodel_accel.kernels import fp8_linear as package
-from automodel_accel.kernels.fp8_linear import Recipe, casts, delayed, delayed_fused, reference
+from automodel_accel.kernels.fp8_linear import Recipe, casts, delayed, delayed_fused
 from automodel_accel.kernels.fp8_linear.casts import Cast
 from automodel_accel.kernels.fp8_linear.history import LENGTH, Histories, History
 from automodel_accel.kernels.fp8_linear.scaling import scale_of
 from automodel_accel.kernels.recompute import remember, source_of
 from tests.budgets.traffic import MOST
 from tests.budgets.watch import Watch
-from tests.ops import checks
 from tests.ops.allocations import Allocations
 from tests.ops.mutants_fp8_delayed import HISTORY, KERNEL, MUTANTS, NODE
-from tests.ops.mutation import Mutant, check_caught
+from tests.ops.mutation import Mutant, check_caught, mutated
 from tests.ops.test_fp8_casts import ASKED, DEVICE, DTYPES, E4M3, FNUZ, FORMATS, SHAPES, normal, same_bits
 
 Tensors = Sequence[torch.Tensor]
@@ -239,3 +238,51 @@ def test_without_histories_the_scales_are_current() -> None:
 def test_rows_have_no_delayed_scales() -> None:
     with pytest.raises(ValueError, match="no call knows the rows of the next"):
         Recipe(rowwise=True, delayed=True)
+
+
+@pytest.mark.parametrize("tensors", [1, 3])
+def test_bytes_moved(tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x is read once, q and q_t are written once."""
+    x, history = [normal(320, 2048, seed=i) for i in range(tensors)], History()
+    delayed_fused.cast(x, E4M3, history, transposed=True)
+    with Watch() as watched:
+        delayed_fused.cast(x, E4M3, history, transposed=True)
+    assert [launch.name for launch in watched.launches] == ["delayed_cast_kernel"] * tensors
+    floor = sum(4 * one.numel() for one in x)
+    assert floor < watched.moved <= MOST * floor
+
+
+UNIQUE = {KERNEL: "import triton\n", HISTORY: "import torch\n", NODE: "import functools\n"}
+SMALL = {"TILE_ROWS": 16, "TILE_COLS": 16}
+
+
+def check_all(found: Any) -> None:
+    """What no mutant must survive: several tiles, programs, tensors and calls, and what is not finite."""
+    host = in_force("delayed_fused")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in SMALL.items():
+            patch.setattr(host, name, size)
+        for name in ("History", "Histories", "delayed_scale", "LENGTH", "MARGIN"):
+            for module in (delayed, host):
+                if hasattr(module, name):
+                    patch.setattr(module, name, getattr(in_force("history"), name))
+        x = normal(36, 48, seed=1)[::2, :40]
+        odd = normal(18, 40, seed=3)
+        odd[0, 0], odd[1, 39], odd[17, 2] = float("nan"), float("inf"), -float("inf")
+        both(apart([x, normal(18, 16, seed=2)]), FNUZ[0] if DEVICE == "cpu" else E4M3)
+        both([[x], [odd], [x], [odd * float("nan")], [-x * 50], [odd], [x]])
+        for module in (host, delayed):
+            for check in (check_scales, check_counts, check_not_finite):
+                check(module)
+    check_linears(found)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.why)
+def test_mutants_are_caught(mutant: Mutant, tmp_path: Path) -> None:
+    check_caught(mutant, check_all, tmp_path)
+
+
+@pytest.mark.parametrize("file", [KERNEL, HISTORY, NODE])
+def test_an_unchanged_copy_passes_what_catches_mutants(file: str, tmp_path: Path) -> None:
+    with mutated(Mutant(file, UNIQUE[file], UNIQUE[file], "no mistake"), tmp_path) as found:
+        check_all(found)
