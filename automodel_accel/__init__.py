@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from automodel_accel.api import RefusedError, accelerated, apply, plan, report, revert
 from automodel_accel.config import AccelConfig
+from automodel_accel.sharding import gather_fp8
 
 if TYPE_CHECKING:
     from automodel_accel.callback import AccelCallback
@@ -26,6 +27,7 @@ __all__ = [
     "RefusedError",
     "accelerated",
     "apply",
+    "gather_fp8",
     "plan",
     "report",
     "revert",

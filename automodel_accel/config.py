@@ -25,7 +25,7 @@ class AccelConfig:
         residual: Residual sum and norm in one kernel: "auto", "triton", "torch", False.
         loss: The loss without logits: "auto", "triton", "torch", False.
         linear: Linears of one input in one node of autograd: "auto", "torch", False.
-        quantised: LoRA around 4-bit and 8-bit linears of bitsandbytes: "auto", "torch", False.
+        quantised: LoRA around linears that bitsandbytes or transformers quantised: "auto", "torch", False.
         fp8: Products of 8-bit values in linears: False, "auto" (where it pays), "tensorwise" (one scale a tensor), "rowwise" (one a
             row), "tensorwise_e5m2" (gradients in E5M2), "delayed" (tensorwise, by scales of the calls before); the last four
             everywhere but in heads, routers and adapters.

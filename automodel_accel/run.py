@@ -148,6 +148,8 @@ def _settings(config: str | None, options: Mapping[str, str]) -> AccelConfig:
 
 
 def _value(name: str, text: str) -> Any:
+    if name == "fp8_layers":  # patterns, which YAML would take for anchors
+        return text
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -92,7 +92,7 @@ class Implementation:
         interpreted = self.needs in IN_TRITON and facts.triton_interpreter and spec.device == "cpu"
         if spec.device not in self.devices and not interpreted:
             return f"runs on {_listed(self.devices)}; the tensors are on {spec.device}"
-        if self.archs and not facts.arch.startswith(self.archs):
+        if self.archs and not interpreted and not facts.arch.startswith(self.archs):
             return f"runs on {_listed(f'{arch}*' for arch in self.archs)}; this is {facts.arch}"
         if spec.dtype not in self.dtypes:
             return f"computes {_listed(map(str, self.dtypes))}; the tensors are {spec.dtype}"
@@ -104,8 +104,10 @@ class Implementation:
         return None
 
 
-def in_triton(module: str, max_size: int | None = None, features: frozenset[str] = PLAIN) -> Implementation:
-    """An implementation by Triton kernels, on any GPU."""
+def in_triton(
+    module: str, max_size: int | None = None, features: frozenset[str] = PLAIN, archs: tuple[str, ...] = ()
+) -> Implementation:
+    """An implementation by Triton kernels, on any GPU or on those of some architectures."""
     return Implementation(
         name="triton",
         module=module,
@@ -113,6 +115,7 @@ def in_triton(module: str, max_size: int | None = None, features: frozenset[str]
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
         max_size=max_size,
         needs="triton",
+        archs=archs,
         features=features,
     )
 

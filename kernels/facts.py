@@ -20,7 +20,7 @@ import torch
 OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
     {
         "triton": "fused kernels on NVIDIA and AMD GPUs",
-        "transformer-engine": "norms and the loss of logits by NVIDIA's kernels",
+        "transformer-engine": "norms, the loss of logits and FP8 linears by NVIDIA's kernels",
         "flash-attn": "attention by FlashAttention-2",
         "flash-attn-3": "attention by FlashAttention-3, on Hopper",
         "flash-attn-4": "attention by FlashAttention-4, on Hopper and Blackwell",

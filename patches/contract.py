@@ -16,6 +16,8 @@ from torch import nn
 from automodel_accel.kernels.contract import AUTO, Choice, Kernel, Refusal, Spec, choose
 from automodel_accel.kernels.facts import Facts
 from automodel_accel.kernels.fp8_linear.history import Histories
+from automodel_accel.kernels.fp8_linear.noted import Wish, noted
+from automodel_accel.kernels.room import left
 
 # (device type, dtype of the activations, ...): what a swapped forward looks up before it takes the fused path
 CallKey = tuple[Any, ...]
@@ -113,6 +115,26 @@ class Experiment:
     autocast: torch.dtype | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What linears ask of the producer of their input.
+
+    Attributes:
+        columns: Room beside each row, for adapters (kernels/room.py).
+        wish: What to note of it for a cast to 8 bits (kernels/fp8_linear/noted.py), or None.
+    """
+
+    columns: int = 0
+    wish: Wish | None = None
+
+    def made_by(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """`function(*inputs, **options)`, with that beside its output, the first one where there are several."""
+        return left(self.columns, noted, self.wish, function, *inputs, **options)
+
+
+NOTHING = Beside()
+
+
 @dataclass(slots=True)
 class Counts:
     """What happened at run time, outside of compiled graphs.
@@ -124,6 +146,7 @@ class Counts:
         report: The report that shows them; every swapped class leads back to it.
         rooms: Width of an input of adapted linears -> columns to leave beside it.
         histories: Of FP8 linears with delayed scaling, which know on the device how many values saturated.
+        wishes: Width of an input of FP8 linears -> what to note of it.
     """
 
     fused: Counter[str] = field(default_factory=Counter)
@@ -131,6 +154,7 @@ class Counts:
     materialised: Counter[str] = field(default_factory=Counter)
     report: object = None
     rooms: dict[int, int] = field(default_factory=dict)
+    wishes: dict[int, Wish] = field(default_factory=dict)
     histories: list[Histories] = field(default_factory=list)
 
     @property
@@ -138,11 +162,12 @@ class Counts:
         """Values past the range of their delayed scale; waits for the device."""
         return sum(histories.saturated() for histories in self.histories)
 
-    def room(self, size: int) -> int:
-        """Columns to leave beside an output of that width: none where nothing trains, or in a graph of torch.compile."""
-        if not self.rooms or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return 0
-        return self.rooms.get(size, 0)
+    def beside(self, size: int) -> Beside:
+        """What is asked of an output of that width: nothing where nothing trains, or in a graph of torch.compile."""
+        asked = self.rooms or self.wishes
+        if not asked or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return NOTHING
+        return Beside(self.rooms.get(size, 0), self.wishes.get(size))
 
     def count(self, counter: Counter[str], name: str) -> None:
         """Count, unless torch.compile is tracing: a Python counter in a graph would force recompiles."""

@@ -9,7 +9,8 @@ adapter adds is computed beside it in its own dtype (kernels/lora/beside.py).
 
 import fnmatch
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,9 @@ from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.facts import Facts
 from automodel_accel.kernels.fp8_linear import KERNEL, MULTIPLE, Recipe, fp8_linears
 from automodel_accel.kernels.fp8_linear.history import Histories
-from automodel_accel.kernels.fp8_linear.products import is_fast
+from automodel_accel.kernels.fp8_linear.noted import Wish
+from automodel_accel.kernels.fp8_linear.products import NATIVE, engine_on, is_fast
+from automodel_accel.kernels.fp8_linear.scaling import formats_here
 from automodel_accel.kernels.fp8_linear.weights import HeldCast
 from automodel_accel.kernels.lora.beside import beside
 from automodel_accel.kernels.recompute import region, source_of
@@ -42,6 +45,7 @@ from automodel_accel.patches.linear import (
 )
 from automodel_accel.patches.retype import MODEL, RESTORE, restore, retype
 
+WEIGHT = "_accel_weight"  # on a linear: the parameter that was there at `apply`
 HELD = "_accel_held"  # on a linear: the cast of its weights, and of those that it is computed with
 HISTORIES = "_accel_histories"  # on a linear: of its input, and of the gradients of those that it is computed with
 RECIPES: Mapping[str, Recipe] = {
@@ -153,6 +157,7 @@ class Fp8Patch(LinearPatch):
         choices = context.choices(KERNEL, dtype, bases[0].in_features)
         paths = tuple(self._paths[id(module)] for module in (*members, *parents))
         label = f"{form.recipe}, {_said(groups, bases)}" + (", LoRA beside" if any(adapted) else "")
+        label += _slower(context.facts)
         inside = tuple(self._paths[id(base)] for base in bases)
         return Claim(
             self.fusion, paths, label, dtype, form, choices, part="fp8 linear", taken=(*paths[: len(members)], *inside)
@@ -175,7 +180,9 @@ class Fp8Patch(LinearPatch):
         form: Any = claim.form
         count = len(form.linears.biases)
         for member in modules[:count]:
-            base8.allow(lora.base_of(member), RECIPES[form.recipe], counts)
+            base = lora.base_of(member)
+            base8.allow(base, RECIPES[form.recipe], counts)
+            vars(base)[WEIGHT] = weakref.ref(base.weight)
             forward = _member_forward(
                 type(member).forward, RECIPES[form.recipe], form.linears.recompute, proven, counts
             )
@@ -184,8 +191,18 @@ class Fp8Patch(LinearPatch):
                 methods |= {name: _with_weight(getattr(type(member), name)) for name in ("merge", "unmerge")}
                 methods[RESTORE] = lambda layer: restore(layer.base_layer)
             retype(member, methods, counts)
+        _ask(form, modules[:count], counts)
         for parent in modules[count:]:
             retype(parent, {"forward": parent_forward(type(parent).forward, form.linears.groups)}, counts)
+
+
+def _ask(form: Fp8Form, members: Sequence[Any], counts: Counts) -> None:
+    """Have the producers of these inputs note the largest value of each row, or where rows are all that is cast, their cast."""
+    bases = [lora.base_of(member) for member in members]
+    rows_alone = RECIPES[form.recipe].rowwise and not any(base.weight.requires_grad for base in bases)
+    wish = Wish(formats_here().e4m3 if rows_alone else None)
+    for base in bases:
+        counts.wishes[base.in_features] = wish if counts.wishes.get(base.in_features, wish) == wish else Wish()
 
 
 def _member_forward(
@@ -238,12 +255,12 @@ def _outputs(
     """What each of them gives for x: the 8-bit product, and what its adapter adds."""
     bases = [lora.base_of(member) for member in members]
     source = source_of(x) if recompute else None
-    held = base8.held(bases) or vars(members[0]).setdefault(HELD, HeldCast())
+    held = base8.held(bases) or _held(members[0], bases)
     weights, biases = [base.weight for base in bases], [base.bias for base in bases]
     histories = _histories(members[0], counts) if recipe.delayed else None
     options: dict[str, Any] = {"held": held, "source": source, "histories": histories, "implementation": implementation}
     outputs = list(fp8_linears(x, weights, biases, recipe, **options))
-    if base8.release(bases, held.cast):
+    if held is not None and base8.release(bases, held.cast):
         vars(members[0]).pop(HELD)
     adapted = [i for i, member in enumerate(members) if lora.is_adapted(member)]
     if adapted:
@@ -260,6 +277,23 @@ def _histories(member: Any, counts: Counts) -> Histories:
         vars(member)[HISTORIES] = Histories()
         counts.histories.append(vars(member)[HISTORIES])
     return vars(member)[HISTORIES]  # type: ignore[no-any-return]
+
+
+def weights_of(claim: Claim, model: nn.Module) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
+    """Names and weights of the linears of each input."""
+    form: Any = claim.form
+    count = len(form.linears.biases)
+    paths = list(claim.taken[count:])  # the linears themselves, inside of adapters
+    for size in list(map(len, form.linears.groups)) or [1]:
+        names, paths = tuple(paths[:size]), paths[size:]
+        yield names, [model.get_submodule(name).weight for name in names]
+
+
+def _held(member: Any, bases: Sequence[Any]) -> HeldCast | None:
+    """Where the cast is kept: nowhere for parameters that are not those of `apply`, such as FSDP2's, which come and go."""
+    if any((was := vars(base).get(WEIGHT)) is None or was() is not base.weight for base in bases):
+        return None
+    return vars(member).setdefault(HELD, HeldCast())  # type: ignore[no-any-return]
 
 
 def _shared_outputs(
@@ -290,6 +324,14 @@ def _no_gain(context: Context) -> Refusal | None:
 
 def _is_fast(facts: Facts) -> bool:
     return facts.device == "cuda" and is_fast(facts.arch)
+
+
+def _slower(facts: Facts) -> str:
+    """What to expect where the hardware does not multiply 8-bit values."""
+    if _is_fast(facts):
+        return ""
+    how = "computed by torch" if engine_on(facts.device) == NATIVE else "emulated"
+    return f"; {how} on this {facts.device} ({facts.arch}), slower than without fp8"
 
 
 def _is_chosen(path: str, patterns: Sequence[str]) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from automodel_accel.kernels.contract import AUTO, Refusal
+from automodel_accel.kernels.fp8_linear.sharded import Gathered
 from automodel_accel.kernels.linear import KERNEL, features, linears
 from automodel_accel.kernels.lora import Adapter
 from automodel_accel.kernels.recompute import region, source_of
@@ -27,6 +28,7 @@ from automodel_accel.patches import linear_proof as proof
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
 from automodel_accel.patches.retype import RESTORE, is_retyped, retype
 
+TENSORS = (nn.Parameter, torch.Tensor, Gathered)  # Gathered: only linears in 8 bits are told of it
 SHARED = "_accel_shared"  # on the linears: what they share while the module's forward runs, else None
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -320,7 +322,7 @@ def _call_key(linear: Any, x: torch.Tensor) -> CallKey:
     autocast = torch.is_autocast_enabled(x.device.type)
     low = None if base is linear else torch.float32 if autocast else lora.dtype_of_adapter(linear)
     weight, bias = base.weight, base.bias
-    if type(weight) not in (nn.Parameter, torch.Tensor) or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+    if type(weight) not in TENSORS or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         return (None, type(weight).__name__, low)
     if weight.device != x.device or (bias is not None and (bias.dtype, bias.device) != (weight.dtype, weight.device)):
         return (None, "parameters apart", low)

@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from automodel_accel.kernels import activation as activation_package
 from automodel_accel.kernels import gated_linear as gated_package
-from automodel_accel.kernels import room
 from automodel_accel.kernels.activation import activation
 from automodel_accel.kernels.contract import Kernel, Refusal
 from automodel_accel.kernels.gated_linear import gated_linear
@@ -168,7 +167,7 @@ def _forward(module: nn.Module, form: MlpForm, proven: Proven, counts: Counts) -
             return _child(self, down)(_activate(form, projected))
         counts.count(counts.fused, "mlp")
         fused = functools.partial(_fused, form, implementation)
-        activated = room.left(counts.room(_width(form, projected)), fused, *projected)
+        activated = counts.beside(_width(form, projected)).made_by(fused, *projected)
         remember(activated, fused, *projected)
         return _child(self, down)(activated)
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from automodel_accel.kernels import room
 from automodel_accel.kernels.contract import Kernel, Refusal
 from automodel_accel.kernels.gated_norm import KERNEL as GATED_NORM
 from automodel_accel.kernels.gated_norm import gated_rms_norm
@@ -142,8 +141,7 @@ def _forward(original: Callable[..., Any], form: NormForm, proven: Proven, count
             return original(self, *args)
         counts.count(counts.fused, "norm")
         eps = getattr(self, eps_name) if eps_name else form.eps
-        columns = counts.room(args[0].shape[-1])
-        output = room.left(columns, compute, *args, weight, bias, eps, implementation)
+        output = counts.beside(args[0].shape[-1]).made_by(compute, *args, weight, bias, eps, implementation)
         remember(output, lambda *saved: compute(*saved, eps, implementation), *args, weight, bias)
         return output
 

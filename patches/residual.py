@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from automodel_accel.kernels import room
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.layer_norm import KERNEL as LAYER_NORM_KERNEL
 from automodel_accel.kernels.layer_norm import SUMS as LAYER_SUMS
@@ -25,7 +24,7 @@ from automodel_accel.kernels.layer_norm import add_layer_norm
 from automodel_accel.kernels.recompute import region, remember
 from automodel_accel.kernels.rms_norm import ADD_KERNEL, add_rms_norm
 from automodel_accel.kernels.rms_norm.through import rms_norm_through
-from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
+from automodel_accel.patches.contract import NOTHING, Beside, CallKey, Claim, Context, Counts, Experiment, Proven
 from automodel_accel.patches.lazy_sum import LazySum, lazy, tensor, tensors
 from automodel_accel.patches.norm import computation
 from automodel_accel.patches.norm_probe import WEIGHTLESS_SIZE, NormForm, recognise_norm
@@ -161,7 +160,7 @@ class ResidualPatch:
             here = Here(None)
 
             def alone(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-                return _norm_through(copy, kind, x, here, implementation, 0), here.instead_of(x)
+                return _norm_through(copy, kind, x, here, implementation, NOTHING), here.instead_of(x)
 
             output = both(leaves, copy, LazySum(leaves["x"]), alone)
             if counts.fused[self.fusion] != len(SCALES):
@@ -263,7 +262,7 @@ def _norm_call(
         here: Here | None = getattr(self, FLAG, None)
         if here is not None:
             parts = parts[0], here.instead_of(parts[1]), parts[2]
-        y, h = _sum_and_norm(self, form, parts, implementation, counts.room(parts[0].shape[-1]))
+        y, h = _sum_and_norm(self, form, parts, implementation, counts.beside(parts[0].shape[-1]))
         args[0].settle(h)
         return lazy(y) if _is_in_layer(self) else y
 
@@ -283,7 +282,7 @@ def _norm_and_input(
     if implementation is None:
         return None
     counts.count(counts.fused, "norm")
-    return _norm_through(norm, form, x, getattr(norm, FLAG), implementation, counts.room(x.shape[-1]))
+    return _norm_through(norm, form, x, getattr(norm, FLAG), implementation, counts.beside(x.shape[-1]))
 
 
 def _is_watched(norm: nn.Module) -> bool:
@@ -292,13 +291,13 @@ def _is_watched(norm: nn.Module) -> bool:
 
 
 def _norm_through(
-    norm: nn.Module, form: NormForm, x: torch.Tensor, here: Here, implementation: str, columns: int
+    norm: nn.Module, form: NormForm, x: torch.Tensor, here: Here, implementation: str, beside: Beside
 ) -> torch.Tensor:
     weight = getattr(norm, form.weight) if form.weight else None
     eps = getattr(norm, form.eps_name) if form.eps_name else form.eps
     options: dict[str, Any] = {"offset": form.offset, "order": form.order, "implementation": implementation}
     y: torch.Tensor
-    y, through = room.left(columns, rms_norm_through, x, weight, eps, **options)
+    y, through = beside.made_by(rms_norm_through, x, weight, eps, **options)
     again = computation(form)
     remember(y, lambda x, weight: again(x, weight, None, eps, implementation), x, weight)
     here.hand_on(x, through)
@@ -343,7 +342,11 @@ def _call_key(norm: nn.Module, form: NormForm, branch: torch.Tensor, residual: t
 
 
 def _sum_and_norm(
-    norm: nn.Module, form: NormForm, parts: tuple[torch.Tensor, torch.Tensor, float], implementation: str, columns: int
+    norm: nn.Module,
+    form: NormForm,
+    parts: tuple[torch.Tensor, torch.Tensor, float],
+    implementation: str,
+    beside: Beside,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     branch, residual, scale = parts
     weight = getattr(norm, form.weight) if form.weight else None
@@ -356,9 +359,9 @@ def _sum_and_norm(
         "implementation": implementation,
     }
     if form.kind == "layer":
-        y, h = room.left(columns, add_layer_norm, branch, residual, weight, bias, eps, **options)
+        y, h = beside.made_by(add_layer_norm, branch, residual, weight, bias, eps, **options)
     else:
-        y, h = room.left(columns, add_rms_norm, branch, residual, weight, eps, **options)
+        y, h = beside.made_by(add_rms_norm, branch, residual, weight, eps, **options)
     again = computation(form)
     remember(y, lambda *saved: again(*saved, eps, implementation), h, weight, bias)
     return y, h

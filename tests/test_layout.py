@@ -24,7 +24,7 @@ LAYERS = (
     {"adapters", "config", "tables"},
     {"plan", "prove", "report"},
     {"api"},
-    {"building", "callback", "flops", "meter", "models"},
+    {"building", "callback", "flops", "meter", "models", "sharding"},
     {"__init__"},
     {"cli", "__main__", "run"},
 )

@@ -26,11 +26,12 @@ from typing import Any
 import torch
 
 from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module, in_triton
-from automodel_accel.kernels.fp8_linear import reference
+from automodel_accel.kernels.fp8_linear import noted, reference
 from automodel_accel.kernels.fp8_linear.casts import Cast
 from automodel_accel.kernels.fp8_linear.history import Histories
-from automodel_accel.kernels.fp8_linear.products import engine_on, product
+from automodel_accel.kernels.fp8_linear.products import ARCHS, engine_on, product
 from automodel_accel.kernels.fp8_linear.scaling import formats_here
+from automodel_accel.kernels.fp8_linear.sharded import is_gathered, joined
 from automodel_accel.kernels.fp8_linear.weights import HeldCast
 from automodel_accel.kernels.recompute import Source
 
@@ -42,7 +43,9 @@ KERNEL = Kernel(
     name="fp8_linear",
     reference=reference.fp8_linears,  # type: ignore[arg-type]  # several outputs
     implementations=(
-        in_triton("automodel_accel.kernels.fp8_linear.casts_fused"),
+        in_triton(
+            "automodel_accel.kernels.fp8_linear.casts_fused", archs=ARCHS
+        ),  # elsewhere the formats do not compile
         Implementation(
             name="torch",
             module="automodel_accel.kernels.fp8_linear.casts",
@@ -114,11 +117,12 @@ def fp8_linears(
         [..., F_i] for each weight, in x's dtype or autocast's.
 
     Raises:
-        ValueError: a shape does not fit, or is no multiple of 16, or the implementation cannot serve the call.
+        ValueError: a shape does not fit, or is no multiple of 16, a weight is a DTensor, or the implementation cannot serve the call.
     """
     _check(x, weights, biases)
     if x.numel() == 0:
         return tuple(torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    held = None if is_gathered(weights) else held
     kind = x.device.type
     module, *delayed = (
         implementation_module(kernel, kind, x.dtype, x.shape[-1], implementation) for kernel in (KERNEL, DELAYED)
@@ -137,6 +141,11 @@ def _check(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[to
             f"fp8_linears: {len(weights)} weights and {len(biases)} biases; expected one (or None) for each."
         )
     for weight in weights:
+        if (placements := getattr(weight, "placements", None)) is not None:
+            raise ValueError(
+                f"fp8_linears: a weight is a DTensor that lies as {tuple(placements)}, expected a plain tensor: leave "
+                "tensor-parallel linears out, or call this where FSDP2 has gathered the weight."
+            )
         if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
             raise ValueError(
                 f"fp8_linears: a weight has shape {tuple(weight.shape)}, expected [F, {x.shape[-1]}] for x {tuple(x.shape)}."
@@ -170,24 +179,33 @@ class _Fp8Linears(torch.autograd.Function):
         needs_w = any(halves(ctx.needs_input_grad[FIRST:])[0])
         engine = recipe.engine or engine_on(x.device.type)
         cast = functools.partial(module.cast_rows, dtype=formats_here().e4m3, rowwise=recipe.rowwise)
-        cast_weights = functools.partial(cast, transposed=needs_w)
+
+        def cast_weights(weights: Sequence[torch.Tensor], transposed: bool) -> Cast:
+            return joined(weights, recipe.rowwise) or cast(weights, transposed=transposed)
+
         key = (module, recipe.rowwise, needs_w)
-        of_w = cast_weights(weights) if held is None else held.of(weights, key, lambda: cast_weights(weights))
-        if delayed is not None:
-            cast = functools.partial(delayed.module.cast, dtype=formats_here().e4m3, history=delayed.histories.x)
-        of_x = cast([x.reshape(-1, x.shape[-1])], transposed=needs_w and source is None)
-        if delayed is not None:
-            cast = functools.partial(cast, scale=of_x.scale)  # again in backward
+        if held is None:  # cast again in backward
+            of_w = cast_weights(weights, False)
+        else:
+            of_w = held.of(weights, key, lambda: cast_weights(weights, needs_w))
+        if delayed is None:
+            cast_x: Any = cast
+            of_x = _cast_of_input(x, cast, recipe, needs_w and source is None)
+        else:
+            cast_x = functools.partial(delayed.module.cast, dtype=formats_here().e4m3, history=delayed.histories.x)
+            of_x = cast_x([x.reshape(-1, x.shape[-1])], transposed=needs_w and source is None)
+            cast_x = functools.partial(cast_x, scale=of_x.scale)  # again in backward
         widths = [len(weight) for weight in weights]
         assert of_w.q is not None
         outputs = tuple(
-            product(of_x.q, q, of_x.scale, scale, bias, dtype, engine, fast=True).view(*x.shape[:-1], -1)
-            for q, scale, bias in zip(of_w.q.split(widths), _scales(of_w.scale, widths), biases, strict=True)
+            _shaped(product(of_x.q, q, of_x.scale, scale, bias, dtype, engine, fast=True), x)
+            for q, scale, bias in zip(torch.split(of_w.q, widths), _scales(of_w.scale, widths), biases, strict=True)
         )
         kept = () if not needs_w else (of_x.q_t, of_x.scale) if source is None else source.tensors
         ctx.save_for_backward(*(weights if held is None else ()), *kept)
         ctx.of_w, ctx.again = (of_w, None) if held is not None else (None, cast_weights)
-        ctx.cast, ctx.module, ctx.recipe, ctx.engine, ctx.source = cast, module, recipe, engine, source
+        ctx.held = held
+        ctx.cast, ctx.module, ctx.recipe, ctx.engine, ctx.source = cast_x, module, recipe, engine, source
         ctx.delayed = delayed
         ctx.widths, ctx.x_shape, ctx.x_dtype, ctx.dtype = widths, x.shape, x.dtype, dtype
         ctx.dtypes = [None if one is None else one.dtype for one in rest]
@@ -206,7 +224,7 @@ class _Fp8Linears(torch.autograd.Function):
         needs_x, *needed = ctx.needs_input_grad[FIRST - 1 :]
         needs_w, needs_b = halves(needed)
         of_x = _cast_again(ctx, saved) if any(needs_w) else None
-        of_w = None if not needs_x else ctx.again(weights) if ctx.again else ctx.of_w
+        of_w = None if not needs_x else ctx.again(weights, True) if ctx.again else ctx.of_w
         given = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
         straight, turned = _cast_gradients(ctx, given, of_w, of_x)
         grad_x: torch.Tensor | None = None
@@ -217,6 +235,8 @@ class _Fp8Linears(torch.autograd.Function):
             grad_x = product(straight.q, q_t, straight.scale, scale, None, ctx.dtype, ctx.engine)
             grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
         if of_x is not None:
+            if ctx.held is not None:
+                ctx.held.passed = True
             scale, x_t = _one(of_x.scale) if rowwise else of_x.scale, of_x.q_t
             assert x_t is not None
             parts = zip(turned.q_t.split(ctx.widths), _scales(turned.scale, ctx.widths), strict=True)
@@ -245,6 +265,19 @@ def _cast_gradients(ctx: Any, given: Sequence[torch.Tensor], of_w: Cast | None, 
     asked = {"straight": of_w is not None, "transposed": of_x is not None}
     both = ctx.delayed.module.cast(given, dtype, ctx.delayed.histories.gradients, **asked)
     return both, both
+
+
+def _cast_of_input(x: torch.Tensor, cast: Any, recipe: Recipe, transposed: bool) -> Any:
+    """The cast of x [..., H]: as its producer noted it, or from what it noted, or from all of it."""
+    found = noted.cast_of(x) if recipe.rowwise and not transposed else None
+    if found is not None:
+        return found
+    return cast([x.reshape(-1, x.shape[-1])], transposed=transposed, amax_R=noted.maxima_of(x))
+
+
+def _shaped(y_NF: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[..., F]; no view, into which autograd would let nobody write."""
+    return torch.ops.aten._unsafe_view(y_NF, [*x.shape[:-1], y_NF.shape[1]])  # type: ignore[no-any-return]
 
 
 def _cast_again(ctx: Any, kept: Sequence[torch.Tensor]) -> Cast:

@@ -6,7 +6,7 @@ Largest values are compared as the bits of |x|, integers: an infinity is less th
 of those bits by whole numbers alone, so that nothing waits for the host and nothing is rounded.
 
 Bytes an element of x in 2 bytes, which are the floor of their passes; beyond them a few for each row, and for each column of a block
-of 64 rows:
+of 128 rows:
     one scale for all             read 2, then read 2 and write 1 for q, 1 for q_t
     one for each row              read 2, write 1 for q: a program holds the row; then for q_t read 1, write 1
     ... of more than 16384 columns, or of gradients for both products: as with one scale for all
@@ -38,7 +38,7 @@ PROGRAMS_PER_PROCESSOR = 2
 LONGEST_ROW = 16384  # that a program holds
 FLAT = 4096  # elements of one step of the largest value of all
 TILE_ROWS, TILE_COLS = 128, 128  # of a cast and its transpose: whole lines of 128 bytes in both
-SIDE_ROWS, SIDE_COLS, SIDE_STEPS = 64, 128, 8  # of the largest values of rows and columns at once
+SIDE_ROWS, SIDE_COLS, SIDE_STEPS = 128, 64, 16  # of the largest values of rows and columns at once
 PARTIALS, PARTIAL_COLS = 64, 32
 WARPS = 8
 STAGES = 2  # of a cast: the next tile is on its way
@@ -61,10 +61,10 @@ def cast_rows(
     scale = _floats(like, n_rows if rowwise else None)
     amax: torch.Tensor | None
     if rowwise and amax_R is None and n_cols <= LONGEST_ROW:
-        q = like.new_empty(n_rows, n_cols, dtype=dtype)
+        whole = like.new_empty(n_rows, n_cols, dtype=dtype)
         for x, first in _placed(given, 0):
-            _cast_rows(x, None, q[first:], scale[first:])
-        return Cast(q if straight else None, _transposed(q) if transposed else None, scale[:, None])
+            _cast_rows(x, None, whole[first:], scale[first:])
+        return Cast(whole if straight else None, _transposed(whole) if transposed else None, scale[:, None])
     if not rowwise:
         amax = _largest(given if amax_R is None else [amax_R[None]])
     elif amax_R is None:

@@ -10,20 +10,18 @@ from automodel_accel.kernels.fp8_linear import scaling
 
 BITS, NOT_FINITE = tl.constexpr(scaling.MANTISSA_BITS), tl.constexpr(scaling.NOT_FINITE)
 LEAST_BIASED, FRACTION = tl.constexpr(scaling.LEAST), tl.constexpr(scaling.MANTISSA)
-NO_SIGN = tl.constexpr(scaling.NO_SIGN)
 
 
 @triton.jit
 def magnitude(x):
     """The bits of |x|, which order as the values do, and NaN above infinity."""
-    return x.to(tl.int32, bitcast=True) & NO_SIGN
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def scale_of(amax, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
     """The scale and its inverse, of the bits of a largest value; an infinite one has the inverse 0."""
-    amax = amax & NO_SIGN
-    exponent = amax >> BITS
+    exponent = (amax >> BITS) & NOT_FINITE  # a NaN may have a sign
     mantissa = amax & FRACTION
     biased = tl.maximum(exponent - EXPONENT + (mantissa > MANTISSA).to(tl.int32), LEAST_BIASED)
     finite = exponent != NOT_FINITE
@@ -84,6 +82,8 @@ def amax_sides_kernel(
     at_rows = block * ROWS + tl.arange(0, ROWS)
     in_rows = at_rows < n_rows
     of_rows = tl.zeros((ROWS, COLS), dtype=tl.int32)
+    if OF_COLS:
+        row_factor = tl.load(ROW_FACTOR + at_rows, mask=in_rows, other=0.0)
     for step in range(STEPS):
         at_cols = (chunk * STEPS + step) * COLS + tl.arange(0, COLS)
         in_cols = at_cols < n_cols
@@ -95,8 +95,8 @@ def amax_sides_kernel(
                 factored = x * tl.load(COL_FACTOR + at_cols, mask=in_cols, other=0.0)[None, :]
             of_rows = tl.maximum(of_rows, magnitude(factored))
         if OF_COLS:
-            factored = x * tl.load(ROW_FACTOR + at_rows, mask=in_rows, other=0.0)[:, None]
-            tl.store(AMAX_COLS + block * stride_cols + at_cols, tl.max(magnitude(factored), 0), mask=in_cols)
+            largest = tl.max(magnitude(x * row_factor[:, None]), 0)
+            tl.store(AMAX_COLS + block * stride_cols + at_cols, largest, mask=in_cols)
     if OF_ROWS:
         tl.store(AMAX_ROWS + chunk * stride_rows + at_rows, tl.max(of_rows, 1), mask=in_rows)
 

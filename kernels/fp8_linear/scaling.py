@@ -21,7 +21,6 @@ from automodel_accel.kernels.facts import this_machine
 
 LEAST = 127 - 110  # biased exponent of the least scale
 MANTISSA_BITS, MANTISSA, NOT_FINITE = 23, (1 << 23) - 1, 255  # of a float32
-NO_SIGN = 0x7FFFFFFF
 FNUZ = ("gfx940", "gfx941", "gfx942")  # architectures whose formats have one zero and no infinity
 
 
@@ -52,8 +51,8 @@ def formats_here() -> Formats:
 
 def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The scale of values up to `amax`, float32 of any shape, in the 8-bit format `dtype`: float32 of that shape, on the device."""
-    bits = amax.contiguous().view(torch.int32) & NO_SIGN  # of a NaN
-    exponent, mantissa = bits >> MANTISSA_BITS, bits & MANTISSA
+    bits = amax.contiguous().view(torch.int32)
+    exponent, mantissa = bits >> MANTISSA_BITS & NOT_FINITE, bits & MANTISSA  # a NaN may have a sign
     largest = parts_of_largest(dtype)
     biased = exponent - largest[0] + (mantissa > largest[1]).int()
     scale = (biased.clamp(min=LEAST) << MANTISSA_BITS).view(torch.float32)

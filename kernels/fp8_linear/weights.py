@@ -1,10 +1,11 @@
 """The 8-bit cast of weights, made once for as long as they stay as they are.
 
 Weights that train are cast again after each step of an optimizer, whatever the number of micro-batches; frozen ones once. What has
-changed is seen by the tensors' versions and addresses, and by the steps of any optimizer: some write through pointers, which leaves
-no version to see (bitsandbytes), others through `.data`.
+changed is seen by the tensors' versions and addresses; by the steps of any optimizer, for some write through pointers, which leaves no
+version to see (bitsandbytes); and by gradients that were given and cleared since, for others write to `.data`.
 """
 
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,9 +36,15 @@ STEPS = _Steps()
 
 
 class HeldCast:
-    """The cast of some weights, as they were when it was made."""
+    """The cast of some weights, as they were when it was made.
+
+    Attributes:
+        cast: The cast, or None before there was one.
+        passed: Whether a backward has given gradients of these weights since it was made.
+    """
 
     def __init__(self) -> None:
+        self.passed = False
         self._key: tuple[Any, ...] = ()
         self._weights: list[weakref.ref[torch.Tensor]] = []
         self.cast: Cast | None = None
@@ -46,8 +53,9 @@ class HeldCast:
         """The cast of these weights under this key (format, kind of scale): the one at hand, or a new one."""
         key = (*key, *map(_state, weights))
         same = [weight() for weight in self._weights]
-        if self.cast is None or key != self._key or any(a is not b for a, b in zip(same, weights, strict=True)):
-            self.cast = make()
+        cleared = self.passed and any(weight.requires_grad and weight.grad is None for weight in weights)
+        if self.cast is None or cleared or key != self._key or any(map(operator.is_not, same, weights)):
+            self.cast, self.passed = make(), False
             self._key, self._weights = key, [weakref.ref(weight) for weight in weights]
         return self.cast
 

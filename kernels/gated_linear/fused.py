@@ -3,7 +3,8 @@
 Bytes per call are the floor: forward 3 passes over [N, F] (read gate and up, write y), backward 5 (read grad_output, gate and
 up, write two gradients). Tiles of 1024 elements, 8 a thread: one 16-byte load for each tensor in bfloat16, and so few registers
 that 10 programs or more share a multiprocessor, which is what keeps enough bytes in flight. Contiguous tensors are one long
-row, so that no tile is cut off by the end of a row; strided rows have tiles of their own. Shapes as in eager.py.
+row, so that no tile is cut off by the end of a row; strided rows have tiles of their own, and so has an output of which the
+largest values are noted (fp8_linear/noted.py). Where its cast is, a tile is a whole row. Shapes as in eager.py.
 """
 
 import torch
@@ -11,11 +12,14 @@ import triton
 import triton.language as tl
 
 from automodel_accel.kernels.activation.fused import activate
-from automodel_accel.kernels.launch import cdiv
+from automodel_accel.kernels.fp8_linear import noted
+from automodel_accel.kernels.fp8_linear.noted_fused import note_row
+from automodel_accel.kernels.launch import cdiv, next_power_of_2, row_warps
 from automodel_accel.kernels.room import empty_rows
 
 BLOCK = 1024
 WARPS = 4
+LONGEST = 16384  # of the rows that one program casts
 
 
 @triton.jit
@@ -23,12 +27,19 @@ def gated_linear_fwd_kernel(
     GATE,
     UP,
     Y,
+    AMAX,
+    Q,
+    SCALE,
     n_cols,
     tiles_per_row,
     stride_gate,
     stride_up,
     stride_y,
     ACTIVATION: tl.constexpr,
+    HAS_AMAX: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -40,6 +51,8 @@ def gated_linear_fwd_kernel(
     activated, _ = activate(gate, ACTIVATION)
     y = activated.to(GATE.dtype.element_ty).to(tl.float32) * up
     tl.store(Y + row * stride_y + cols, y.to(Y.dtype.element_ty), mask=in_row)
+    if HAS_AMAX:  # with the cast a tile is a row
+        note_row(y, Y, in_row, cols, tile.to(tl.int64), n_cols, AMAX, Q, SCALE, HAS_Q, EXPONENT, MANTISSA)
 
 
 @triton.jit
@@ -76,24 +89,31 @@ def gated_linear_bwd_kernel(
 def forward(gate_NF: torch.Tensor, up_NF: torch.Tensor, activation: str) -> torch.Tensor:
     """Return activation(gate) * up, [N, F]."""
     y_NF = empty_rows(gate_NF.shape[0], gate_NF.shape[1], gate_NF.dtype, gate_NF.device)
-    n_rows, n_cols = _rows_and_cols(gate_NF, up_NF, y_NF)
+    wish = noted.wanted(y_NF.device.type)
+    n_rows, n_cols = _rows_and_cols(gate_NF, up_NF, y_NF) if wish is None else y_NF.shape
     if y_NF.numel() == 0:
         return y_NF
-    tiles_per_row = cdiv(n_cols, BLOCK)
+    in_one = wish is not None and wish.dtype is not None and n_cols <= LONGEST
+    block = next_power_of_2(n_cols) if in_one else BLOCK
+    tiles_per_row = cdiv(n_cols, block)
+    notes = noted.slots(y_NF, wish, tiles_per_row)
     gated_linear_fwd_kernel[(n_rows * tiles_per_row,)](
         gate_NF,
         up_NF,
         y_NF,
+        *notes.pointers(),
         n_cols,
         tiles_per_row,
         gate_NF.stride(0),
         up_NF.stride(0),
         y_NF.stride(0),
         ACTIVATION=activation,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
+        **notes.constants(),
+        BLOCK=block,
+        num_warps=row_warps(block),
         enable_fp_fusion=True,
     )
+    noted.leave(y_NF, notes)
     return y_NF
 
 

@@ -3,13 +3,15 @@
 Bytes per call, of the floor: forward 4 passes over [N, H] (read x and residual, write h and y) plus 4 N for rstd; backward 4
 passes (read h, grad_y and grad_h, write one gradient that x and the residual share), 5 where x was scaled or has a dtype of its
 own, plus 4 P H written and read once for the partial weight gradients of P programs. Apart, the sum and the norm take 5 and 6.
-Grid, prefetching and partial sums as in fused.py. Shapes and letters as in add_eager.py.
+Grid, prefetching, partial sums and notes as in fused.py. Shapes and letters as in add_eager.py.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from automodel_accel.kernels.fp8_linear import noted
+from automodel_accel.kernels.fp8_linear.noted_fused import note_row
 from automodel_accel.kernels.launch import next_power_of_2, persistent_programs, prefetch_stages, row_warps
 from automodel_accel.kernels.rms_norm.fused import sum_partials
 from automodel_accel.kernels.room import empty_rows
@@ -25,6 +27,9 @@ def add_rms_norm_fwd_kernel(
     Y,
     H,
     RSTD,
+    AMAX,
+    Q,
+    SCALE,
     n_rows,
     n_cols,
     stride_x,
@@ -35,6 +40,10 @@ def add_rms_norm_fwd_kernel(
     scale,
     HAS_WEIGHT: tl.constexpr,
     CAST_THEN_MUL: tl.constexpr,
+    HAS_AMAX: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
     BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -64,6 +73,8 @@ def add_rms_norm_fwd_kernel(
             y = y * w
         tl.store(Y + start * stride_y + cols, y.to(Y.dtype.element_ty), mask=in_row)
         tl.store(RSTD + row, rstd)
+        if HAS_AMAX:
+            note_row(y, Y, in_row, cols, start, n_cols, AMAX, Q, SCALE, HAS_Q, EXPONENT, MANTISSA)
 
 
 @triton.jit
@@ -140,6 +151,7 @@ def forward(
     rstd_N = torch.empty(n_rows, dtype=torch.float32, device=x_NH.device)
     if n_rows == 0:
         return y_NH, h_NH, rstd_N
+    notes = noted.slots(y_NH, noted.wanted(y_NH.device.type))
     block = next_power_of_2(n_cols)
     programs = min(n_rows, persistent_programs(x_NH.device, PROGRAMS_PER_PROCESSOR))
     add_rms_norm_fwd_kernel[(programs,)](
@@ -149,6 +161,7 @@ def forward(
         y_NH,
         h_NH,
         rstd_N,
+        *notes.pointers(),
         n_rows,
         n_cols,
         x_NH.stride(0),
@@ -159,12 +172,14 @@ def forward(
         scale,
         HAS_WEIGHT=weight_H is not None,
         CAST_THEN_MUL=order == "cast_then_mul",
+        **notes.constants(),
         BLOCK=block,
         PROGRAMS=programs,
         STAGES=prefetch_stages(block * (x_NH.element_size() + residual_NH.element_size())),
         num_warps=row_warps(block),
         enable_fp_fusion=False,  # residual + scale * x rounds twice in the model, so it must here
     )
+    noted.leave(y_NH, notes)
     return y_NH, h_NH, rstd_N
 
 

@@ -5,6 +5,7 @@ grad_output, write grad_x) plus 4 P H written and read once for the partial weig
 A persistent grid of two programs per multiprocessor walks the rows; `num_stages` prefetches the next rows while one is
 computed, which is what keeps enough bytes in flight. No atomics: a second kernel adds the partial sums in a fixed order, and
 writes the gradient in the weight's dtype. Other norms share that kernel.
+Where asked for, forward also writes the largest value of each row of y, or a cast of it: fp8_linear/noted.py.
 Shapes and letters as in eager.py.
 """
 
@@ -12,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from automodel_accel.kernels.fp8_linear import noted
+from automodel_accel.kernels.fp8_linear.noted_fused import note_row
 from automodel_accel.kernels.launch import cdiv, next_power_of_2, persistent_programs, prefetch_stages, row_warps
 from automodel_accel.kernels.room import empty_rows
 
@@ -25,6 +28,9 @@ def rms_norm_fwd_kernel(
     W,
     Y,
     RSTD,
+    AMAX,
+    Q,
+    SCALE,
     n_rows,
     n_cols,
     stride_x,
@@ -33,6 +39,10 @@ def rms_norm_fwd_kernel(
     offset,
     HAS_WEIGHT: tl.constexpr,
     CAST_THEN_MUL: tl.constexpr,
+    HAS_AMAX: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    MANTISSA: tl.constexpr,
     BLOCK: tl.constexpr,
     PROGRAMS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -57,6 +67,8 @@ def rms_norm_fwd_kernel(
             y = y * w
         tl.store(Y + start * stride_y + cols, y.to(Y.dtype.element_ty), mask=in_row)
         tl.store(RSTD + row, rstd)
+        if HAS_AMAX:
+            note_row(y, Y, in_row, cols, start, n_cols, AMAX, Q, SCALE, HAS_Q, EXPONENT, MANTISSA)
 
 
 @triton.jit
@@ -127,6 +139,7 @@ def forward(
     rstd_N = torch.empty(n_rows, dtype=torch.float32, device=x_NH.device)
     if n_rows == 0:
         return y_NH, rstd_N
+    notes = noted.slots(y_NH, noted.wanted(y_NH.device.type))
     block = next_power_of_2(n_cols)
     programs = min(n_rows, persistent_programs(x_NH.device, PROGRAMS_PER_PROCESSOR))
     rms_norm_fwd_kernel[(programs,)](
@@ -134,6 +147,7 @@ def forward(
         None if weight_H is None else weight_H.contiguous(),
         y_NH,
         rstd_N,
+        *notes.pointers(),
         n_rows,
         n_cols,
         x_NH.stride(0),
@@ -142,12 +156,14 @@ def forward(
         offset,
         HAS_WEIGHT=weight_H is not None,
         CAST_THEN_MUL=order == "cast_then_mul",
+        **notes.constants(),
         BLOCK=block,
         PROGRAMS=programs,
         STAGES=prefetch_stages(block * x_NH.element_size()),
         num_warps=row_warps(block),
         enable_fp_fusion=True,
     )
+    noted.leave(y_NH, notes)
     return y_NH, rstd_N
 
 

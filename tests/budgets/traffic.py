@@ -19,6 +19,9 @@ import torch
 
 from automodel_accel.kernels import launch
 from automodel_accel.kernels.activation import activation
+from automodel_accel.kernels.fp8_linear import casts_fused
+from automodel_accel.kernels.fp8_linear.noted import Wish, noted
+from automodel_accel.kernels.fp8_linear.scaling import formats_here
 from automodel_accel.kernels.gated_linear import gated_linear
 from automodel_accel.kernels.gated_norm import gated_rms_norm
 from automodel_accel.kernels.layer_norm import add_layer_norm, layer_norm
@@ -105,13 +108,13 @@ def _queries_and_keys() -> Tensors:
 
 
 def _of_rows(
-    name: str, inputs: int, forward: int, backward: int, ours: Run, liger: Run | None = None, parameters: int = 0
+    name: str, inputs: int, forward: float, backward: int, ours: Run, liger: Run | None = None, parameters: int = 0
 ) -> TrafficCase:
     """A case whose floor is so many passes over [N, HIDDEN]; without parameters, no program serves more than one tile."""
     rows = ROWS if parameters else FEW_ROWS
     size = rows * HIDDEN * DTYPE.itemsize
     run = {"ours": ours} | ({"liger": liger} if liger else {})
-    return TrafficCase(name, _rows(rows, inputs, parameters), run, forward * size, backward * size)
+    return TrafficCase(name, _rows(rows, inputs, parameters), run, int(forward * size), backward * size)
 
 
 def _rope_floor() -> int:
@@ -132,6 +135,7 @@ def _liger(name: str, *options: object) -> Run:
 
 
 TRITON = "triton"
+MAXIMA, CAST = Wish(), Wish(torch.float8_e4m3fn)  # the latter writes half a pass more
 CASES = (
     _of_rows(
         *("rms_norm", 1, 2, 3),
@@ -173,6 +177,24 @@ CASES = (
         *("gated_linear, gelu_tanh", 2, 3, 5),
         lambda gate, up: gated_linear(gate, up, activation="gelu_tanh", implementation=TRITON),
         _liger("LigerGELUMulFunction"),
+    ),
+    _of_rows(
+        *("rms_norm, cast noted", 1, 2.5, 3),
+        lambda x, w: noted(CAST, rms_norm, x, w, EPS, implementation=TRITON),
+        parameters=1,
+    ),
+    _of_rows(
+        *("add_rms_norm, cast noted", 2, 4.5, 4),
+        lambda x, residual, w: noted(CAST, add_rms_norm, x, residual, w, EPS, implementation=TRITON),
+        parameters=1,
+    ),
+    _of_rows(
+        *("gated_linear, silu, maxima noted", 2, 3, 5),
+        lambda gate, up: noted(MAXIMA, gated_linear, gate, up, implementation=TRITON),
+    ),
+    _of_rows(
+        *("gated_linear, silu, cast noted", 2, 3.5, 5),
+        lambda gate, up: noted(CAST, gated_linear, gate, up, implementation=TRITON),
     ),
     _of_rows("activation, relu2", 1, 2, 3, lambda x: activation(x, "relu2", implementation=TRITON)),
     TrafficCase(
@@ -233,9 +255,38 @@ def measure_cross_entropy() -> list[Traffic]:
     return rows
 
 
+def measure_fp8() -> list[Traffic]:
+    """What casts to 8 bits move, of the passes that their docstring states: bytes an element."""
+    generator = torch.Generator().manual_seed(0)
+    x, amax_R = torch.randn(ROWS, HIDDEN, generator=generator).to(DTYPE), torch.ones(ROWS)
+    scale_N, scale_H, dtype = torch.ones(ROWS, 1), torch.ones(HIDDEN, 1), formats_here().e4m3
+    both = {"weight_scale": scale_H, "x_scale": scale_N}
+    q = x.to(dtype)
+    runs: dict[str, tuple[int, Callable[[], object]]] = {
+        "one scale": (6, lambda: casts_fused.cast_rows([x], dtype, False, transposed=True)),
+        "rows": (3, lambda: casts_fused.cast_rows([x], dtype, True)),
+        "rows and transpose": (5, lambda: casts_fused.cast_rows([x], dtype, True, transposed=True)),
+        "known rows": (4, lambda: casts_fused.cast_rows([x], dtype, True, transposed=True, amax_R=amax_R)),
+        "gradients": (6, lambda: casts_fused.cast_gradients([x], dtype, True, **both)),
+        "gradients of the input": (
+            3,
+            lambda: casts_fused.cast_gradients([x], dtype, True, weight_scale=scale_H, x_scale=None),
+        ),
+        "transpose": (2, lambda: casts_fused.transposed(q)),
+    }
+    rows = []
+    for name, (passes, run) in runs.items():
+        with programs(), Watch() as watch:
+            run()
+        names = [one.name for one in watch.launches]
+        direction = "backward" if name.startswith("gradients") else "forward"
+        rows.append(Traffic(f"fp8 cast, {name}", "ours", direction, watch.moved, passes * x.numel(), names))
+    return rows
+
+
 def figures() -> Figures:
     """The ratios of our kernels, for the budget."""
-    rows = [row for case in CASES for row in measure(case)] + measure_cross_entropy()
+    rows = [row for case in CASES for row in measure(case)] + measure_cross_entropy() + measure_fp8()
     return {f"{row.operation} / {row.direction}": row.ratio for row in rows}
 
 
@@ -244,7 +295,7 @@ def main() -> None:
     repair()
     rows = [row for case in CASES for implementation in case.run for row in measure(case, implementation)]
     about = {"dtype": str(DTYPE).removeprefix("torch."), "rows": ROWS, "hidden": HIDDEN, "programs": PROGRAMS}
-    for row in [*rows, *measure_cross_entropy()]:
+    for row in [*rows, *measure_cross_entropy(), *measure_fp8()]:
         sys.stdout.write(json.dumps({**about, **asdict(row), "ratio": row.ratio}) + "\n")
 
 

@@ -30,6 +30,12 @@ def test_module() -> None:
     assert command.settings == AccelConfig(norm="torch")
 
 
+def test_patterns_are_no_yaml() -> None:
+    command = parse(["--accel.fp8=tensorwise", "--accel.fp8_layers=*.mlp.*,*.o_proj", "train.py"])
+    assert command is not None
+    assert command.settings == AccelConfig(fp8="tensorwise", fp8_layers=("*.mlp.*", "*.o_proj"))
+
+
 def test_single_options_win_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "accel.yaml"
     file.write_text("mlp: false\nnorm: torch\nstrict: true\n")

@@ -26,6 +26,7 @@ TARGETS = (
     GPUTarget("cuda", 100, 32),
     GPUTarget("hip", "gfx942", 64),
 )
+EIGHT_BIT_CAST = re.compile(r"cvt\.rn\.\S*e[45]m[23]x2\S*|v_cvt_\S*pk_(?:fp8|bf8)_f32")
 
 
 def name_of(target: GPUTarget) -> str:
@@ -63,6 +64,7 @@ class Compiled:
         shared: Bytes of shared memory of a program.
         widest: Widest access to global memory, in bytes.
         narrow: How many accesses to global memory take 2 bytes or less.
+        eight_bit_casts: Instructions that round to 8 bits.
         short_products: Sizes and strides that the kernel multiplies in 32 bits, which overflows past 2^31 elements.
     """
 
@@ -75,6 +77,7 @@ class Compiled:
     shared: int
     widest: int
     narrow: int
+    eight_bit_casts: list[str]
     short_products: list[str]
     programs_per_processor: int
     may_spill: bool
@@ -115,6 +118,9 @@ def _measured(case: AotCase, target: GPUTarget, kernel: Any) -> Compiled:
         shared=kernel.metadata.shared,
         widest=max(widths, default=0),
         narrow=sum(width <= 2 for width in widths),
+        eight_bit_casts=sorted(
+            set(EIGHT_BIT_CAST.findall(kernel.asm["ptx" if target.backend == "cuda" else "amdgcn"]))
+        ),
         short_products=_short_products(kernel.asm["ttir"]),
         programs_per_processor=case.programs_per_processor,
         may_spill=case.may_spill,

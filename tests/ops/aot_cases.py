@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from automodel_accel.kernels import room
+from automodel_accel.kernels.fp8_linear.noted import Wish, noting
 from automodel_accel.kernels.gated_linear import fused as gated_linear
 from automodel_accel.kernels.linear_cross_entropy import fused as linear_cross_entropy
 from automodel_accel.kernels.rms_norm import fused as rms_norm
@@ -20,6 +21,8 @@ HIDDEN = (2048, 4096, 8192)
 ROW_SIZES = (*((torch.bfloat16, hidden) for hidden in HIDDEN), (torch.float32, HIDDEN[-1]))
 ROWS = 8
 ROOM = 24  # columns: of three adapters of rank 8, no multiple of 16
+# what multiplies in a format
+TARGETS_OF = {torch.float8_e4m3fn: ("sm_90", "sm_100"), torch.float8_e4m3fnuz: ("gfx942",)}
 SUM_NARROW = 1  # access of 2 bytes, by which a sum of partial gradients is written: a program sums few columns
 
 
@@ -54,6 +57,29 @@ def with_room(case: AotCase) -> AotCase:
     return replace(case, name=f"{case.name}/room {ROOM}", launch=launch)
 
 
+def with_note(case: AotCase, programs_per_processor: int | None = None) -> list[AotCase]:
+    """The same call, which notes the largest values of its output's rows, or their cast, of which fewer programs may fit."""
+    wishes = {"maxima noted": (Wish(), ()), **{f"{dtype} noted": (Wish(dtype), on) for dtype, on in TARGETS_OF.items()}}
+
+    def noting_what(wish: Wish) -> Callable[[], None]:
+        def launch() -> None:
+            with noting(wish):
+                case.launch()
+
+        return launch
+
+    return [
+        replace(
+            case,
+            name=f"{case.name}/{what}",
+            launch=noting_what(wish),
+            targets=targets,
+            programs_per_processor=(wish.dtype and programs_per_processor) or case.programs_per_processor,
+        )
+        for what, (wish, targets) in wishes.items()
+    ]
+
+
 def _rms_norm(dtype: torch.dtype, hidden: int, order: str = "cast_then_mul") -> list[AotCase]:
     x, weight, rstd = torch.ones(ROWS, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype), torch.ones(ROWS)
     name = f"{dtype}/{hidden}/{order}"
@@ -73,6 +99,7 @@ RMS_NORM = [
     *_rms_norm(torch.bfloat16, 4096, "mul_then_cast"),
     *_rms_norm(torch.bfloat16, 16384),
     with_room(_rms_norm(torch.bfloat16, 4096)[0]),
+    *(case for hidden in (4096, 8192) for case in with_note(_rms_norm(torch.bfloat16, hidden)[0])),
 ]
 
 
@@ -96,6 +123,7 @@ GATED_LINEAR = [
     *(case for dtype in DTYPES for case in _gated_linear(dtype, 8192, packed=True)),
     *(case for activation in ("gelu", "gelu_tanh") for case in _gated_linear(torch.bfloat16, 8192, activation)),
     with_room(_gated_linear(torch.bfloat16, 8192)[0]),
+    *(case for hidden in (4096, 8192, 14336) for case in with_note(_gated_linear(torch.bfloat16, hidden)[0], 1)),
 ]
 
 

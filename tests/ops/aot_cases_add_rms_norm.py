@@ -3,7 +3,7 @@
 import torch
 
 from automodel_accel.kernels.rms_norm import add_fused
-from tests.ops.aot_cases import ROW_SIZES, ROWS, SUM_NARROW, AotCase, with_room
+from tests.ops.aot_cases import ROW_SIZES, ROWS, SUM_NARROW, AotCase, with_note, with_room
 
 
 def _add_rms_norm(dtype: torch.dtype, hidden: int, order: str = "cast_then_mul", scale: float = 1.0) -> list[AotCase]:
@@ -25,4 +25,5 @@ ADD_RMS_NORM = [
     *_add_rms_norm(torch.bfloat16, 4096, "mul_then_cast", 0.22),
     *_add_rms_norm(torch.bfloat16, 16384),
     with_room(_add_rms_norm(torch.bfloat16, 4096)[0]),
+    *(case for hidden in (4096, 8192) for case in with_note(_add_rms_norm(torch.bfloat16, hidden)[0])),
 ]

@@ -18,7 +18,7 @@ def _delayed(values: torch.dtype, hidden: int, dtype: torch.dtype, targets: tupl
         "straight": lambda: delayed_fused.cast([x], values, history),
         "again": lambda: delayed_fused.cast([x], values, history, straight=False, transposed=True, scale=scale),
     }
-    return [AotCase(f"fp8_delayed/{call}/{name}", run, targets=targets) for call, run in calls.items()]
+    return [AotCase(f"fp8_delayed/{call}/{name}", run, 2, targets=targets) for call, run in calls.items()]
 
 
 FP8_DELAYED = [

@@ -8,11 +8,11 @@ HOST = "fp8_linear/casts_fused.py"
 MUTANTS = (
     Mutant(
         KERNELS,
-        "return x.to(tl.int32, bitcast=True) & NO_SIGN",
+        "return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF",
         "return x.to(tl.int32, bitcast=True)",
         "negative values are never the largest",
     ),
-    Mutant(KERNELS, "    amax = amax & NO_SIGN\n", "", "a negative NaN is a number"),
+    Mutant(KERNELS, "(amax >> BITS) & NOT_FINITE", "(amax >> BITS)", "a negative NaN is a number"),
     Mutant(KERNELS, "exponent - EXPONENT +", "exponent - EXPONENT - 1 +", "half the scale"),
     Mutant(KERNELS, "mantissa > MANTISSA", "mantissa >= MANTISSA", "twice the scale of what fits exactly"),
     Mutant(KERNELS, "mantissa > MANTISSA", "mantissa > FRACTION", "the mantissa of the largest value forgotten"),
@@ -38,8 +38,8 @@ MUTANTS = (
     ),
     Mutant(
         KERNELS,
-        "factored = x * tl.load(ROW_FACTOR + at_rows, mask=in_rows, other=0.0)[:, None]",
-        "factored = x",
+        "magnitude(x * row_factor[:, None])",
+        "magnitude(x)",
         "the largest of a column without its rows' factors",
     ),
     Mutant(
@@ -102,12 +102,12 @@ MUTANTS = (
         "padding of a transpose left as it was",
     ),
     Mutant(
-        HOST,
-        "q.view(torch.uint8),\n            q_t",
-        "q.contiguous().view(torch.uint8),\n            q_t",
-        "stride of another layout",
+        KERNELS,
+        "at = rows[:, None] * stride_x + cols[None, :]\n    x = ",
+        "at = rows[:, None] * n_cols + cols[None, :]\n    x = ",
+        "8 bits taken for contiguous",
     ),
-    Mutant(HOST, "q[first:], scale[first:])", "q[first:], scale)", "scales of several tensors in one place"),
+    Mutant(HOST, "whole[first:], scale[first:])", "whole[first:], scale)", "scales of several tensors in one place"),
     Mutant(HOST, "_from(amax, first) if rowwise else amax", "amax", "the largest values of other rows"),
     Mutant(HOST, "given if amax_R is None else [amax_R[None]]", "given", "known largest values unused"),
     Mutant(HOST, "            amax[first:],\n", "            amax,\n", "partial maxima of several tensors overwritten"),

@@ -25,14 +25,16 @@ VALUES = (
 """Caught by values and gradients."""
 
 HELD = (
-    Mutant(WEIGHTS, "self.cast is None or key != self._key or", "self.cast is None or", "the version is not looked at"),
+    Mutant(WEIGHTS, "cleared or key != self._key or", "cleared or", "the version is not looked at"),
+    Mutant(WEIGHTS, "self.cast is None or cleared or", "self.cast is None or", "a step by hand is not seen"),
+    Mutant(WEIGHTS, "self.passed and any(", "any(", "cast again in each forward before the first backward"),
     Mutant(WEIGHTS, "weight.data_ptr(), weight._version, STEPS.count", "weight._version", "steps are not counted"),
     Mutant(WEIGHTS, "self._key, self._weights = key,", "self._key, self._weights = (),", "cast anew each time"),
 )
 """Caught by what is cast again, and when."""
 
 KEPT = (
-    Mutant(HOST, "transposed=needs_w and source is None", "transposed=True", "x is transposed for nobody"),
+    Mutant(HOST, "cast, recipe, needs_w and source is None)", "cast, recipe, True)", "x is transposed for nobody"),
     Mutant(HOST, "(weights if held is None else ())", "(rest if held is None else (x * 1,))", "x is kept as it came"),
 )
 """Caught by what is saved."""

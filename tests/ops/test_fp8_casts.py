@@ -3,6 +3,7 @@
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,8 @@ import torch
 triton = pytest.importorskip("triton")
 
 from automodel_accel.kernels import fp8_linear as package
+from automodel_accel.kernels.contract import Spec, choose
+from automodel_accel.kernels.facts import this_machine
 from automodel_accel.kernels.fp8_linear import casts, casts_fused
 from automodel_accel.kernels.fp8_linear.casts import Cast
 from automodel_accel.kernels.fp8_linear.scaling import formats_here, parts_of_largest
@@ -23,10 +26,22 @@ DTYPES = (torch.float32, torch.float16)
 E4M3 = formats_here().e4m3
 FORMATS = (E4M3, formats_here().e5m2)
 FNUZ = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+Asked = Sequence[tuple[bool, bool]]
 ASKED = ((True, False), (False, True), (True, True))  # straight, transposed
+BOTH = ASKED[2:]
 SHAPES = ((1, 16), (3, 48), (17, 80), (33, 1040), (130, 144))
 CASES = (*((shape, torch.bfloat16) for shape in SHAPES), *((SHAPES[2], dtype) for dtype in DTYPES))
 SPECIAL = (0.0, -0.0, 1e-45, -1e-40, 1e-30, 1e30, -448.0, 464.0, float("inf"), -float("inf"), float("nan"))
+SMALL = {  # tiles, so that few elements have many
+    "TILE_ROWS": 16,
+    "TILE_COLS": 16,
+    "FLAT": 16,
+    "SIDE_ROWS": 8,
+    "SIDE_COLS": 8,
+    "SIDE_STEPS": 2,
+    "PARTIALS": 2,
+    "PARTIAL_COLS": 16,
+}
 Make = Callable[[ModuleType], Sequence[Cast | None]]
 
 
@@ -72,25 +87,36 @@ def casts_in_force() -> ModuleType:
     return sys.modules[casts_fused.__name__]
 
 
-def rows_alike(tensors: Sequence[torch.Tensor], dtype: torch.dtype = E4M3, amax_R: torch.Tensor | None = None) -> None:
-    """In both kinds of scale, straight, transposed and both."""
+def rows_alike(
+    tensors: Sequence[torch.Tensor],
+    dtype: torch.dtype = E4M3,
+    amax_R: torch.Tensor | None = None,
+    kinds: Sequence[bool] = (True, False),
+    asked: Asked = ASKED,
+) -> None:
+    """Rowwise and with one scale, straight, transposed and both."""
     before = [x.clone() for x in tensors]
-    for rowwise, (straight, transposed) in itertools.product((False, True), ASKED):
-        asked = {"straight": straight, "transposed": transposed, "amax_R": amax_R}
-        same(lambda module, how=(rowwise, asked): [module.cast_rows(tensors, dtype, how[0], **how[1])])
+    for rowwise, (straight, transposed) in itertools.product(kinds, asked):
+        options = {"straight": straight, "transposed": transposed, "amax_R": amax_R}
+        same(lambda module, how=(rowwise, options): [module.cast_rows(tensors, dtype, how[0], **how[1])])
     for x, copy in zip(tensors, before, strict=True):
         torch.testing.assert_close(x, copy, rtol=0, atol=0, equal_nan=True)
 
 
-def gradients_alike(gradients: Sequence[torch.Tensor], dtype: torch.dtype = E4M3) -> None:
-    """In both kinds of scale, for the input's gradient, the weights' and both."""
+def gradients_alike(
+    gradients: Sequence[torch.Tensor],
+    dtype: torch.dtype = E4M3,
+    kinds: Sequence[bool] = (True, False),
+    asked: Asked = ASKED,
+) -> None:
+    """Rowwise and with one scale, for the input's gradient, the weights' and both."""
     before = [g.clone() for g in gradients]
     n_rows, n_cols = len(gradients[0]), sum(g.shape[1] for g in gradients)
-    for rowwise, (of_input, of_weights) in itertools.product((False, True), ASKED):
+    for rowwise, (of_input, of_weights) in itertools.product(kinds, asked):
         sizes = ((n_cols, 1), (n_rows, 1)) if rowwise else ((), ())
         scales = [powers(*size, seed=i) for i, size in enumerate(sizes)]
-        asked = {"weight_scale": scales[0] if of_input else None, "x_scale": scales[1] if of_weights else None}
-        same(lambda module, how=(rowwise, asked): module.cast_gradients(gradients, dtype, how[0], **how[1]))
+        options = {"weight_scale": scales[0] if of_input else None, "x_scale": scales[1] if of_weights else None}
+        same(lambda module, how=(rowwise, options): module.cast_gradients(gradients, dtype, how[0], **how[1]))
     for g, copy in zip(gradients, before, strict=True):
         torch.testing.assert_close(g, copy, rtol=0, atol=0, equal_nan=True)
 
@@ -176,16 +202,18 @@ def test_special_values(special: float) -> None:
     x = normal(20, 80, dtype=torch.float32).clamp(-1e3, 1e3)
     x[7, 79] = special
     for one in (x, torch.full_like(x, special)):
-        rows_alike([one])
-        gradients_alike([one])
+        rows_alike([one], asked=BOTH)
+        gradients_alike([one], asked=BOTH)
 
 
-@pytest.mark.parametrize(("row", "col"), [(0, 0), (129, 143)])
-def test_nan_in_each_place(row: int, col: int) -> None:
-    x = normal(130, 144)
+@pytest.mark.parametrize(("row", "col"), [(0, 0), (7, 39), (16, 16), (17, 39)])
+def test_nan_in_each_place(row: int, col: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in SMALL.items():
+        monkeypatch.setattr(casts_fused, name, size)
+    x = normal(18, 40)
     x[row, col] = float("nan")
-    rows_alike([x])
-    gradients_alike([x])
+    rows_alike([x], asked=BOTH)
+    gradients_alike([x], asked=BOTH)
 
 
 def test_the_largest_value_around_each_step_of_the_scale() -> None:
@@ -235,6 +263,39 @@ def test_the_largest_value_of_a_format(dtype: torch.dtype, parts: tuple[int, flo
     assert 2.0**exponent * (1 + mantissa / 2**23) == torch.finfo(dtype).max
 
 
+@pytest.mark.parametrize(("arch", "name"), [("sm_90", "triton"), ("gfx942", "triton"), ("sm_80", "torch")])
+def test_where_the_formats_compile(arch: str, name: str) -> None:
+    facts = replace(this_machine(), arch=arch, packages={"triton": "3.6.0"}, triton_interpreter=False)
+    chosen = choose(package.KERNEL, facts, Spec("cuda", torch.bfloat16, 64)).winner
+    assert chosen is not None
+    assert chosen.name == name
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="launches are counted in Triton's interpreter")
+def test_launches_are_as_many_as_stated() -> None:
+    from tests.budgets.watch import Watch
+
+    def launches(run: Callable[[], object]) -> int:
+        with Watch() as watch:
+            run()
+        return len(watch.launches)
+
+    torch.use_deterministic_algorithms(False)  # filling memory would count
+    x, scales = normal(20, 48), {"weight_scale": powers(96, 1, seed=0), "x_scale": powers(20, 1, seed=1)}
+    one, known = dict.fromkeys(scales, powers(seed=0)), x.abs().float().amax(1).repeat(2)
+    two, both = [x, x], {"transposed": True}
+    assert launches(lambda: casts_fused.cast_rows(two, E4M3, False, **both)) == 4
+    assert launches(lambda: casts_fused.cast_rows(two, E4M3, True)) == 2
+    assert launches(lambda: casts_fused.cast_rows(two, E4M3, True, **both)) == 3
+    assert launches(lambda: casts_fused.cast_rows(two, E4M3, True, **both, amax_R=known)) == 2
+    assert launches(lambda: casts_fused.cast_rows(two, E4M3, False, **both, amax_R=known)) == 3
+    assert launches(lambda: casts_fused.cast_gradients(two, E4M3, False, **one)) == 4
+    assert launches(lambda: casts_fused.cast_gradients(two, E4M3, True, **scales)) == 5
+    of_input = {"weight_scale": scales["weight_scale"][:48], "x_scale": None}
+    assert launches(lambda: casts_fused.cast_gradients([x], E4M3, True, **of_input)) == 1
+    assert launches(lambda: casts_fused.transposed(x.to(E4M3))) == 1 + 1  # and the cast
+
+
 @pytest.mark.parametrize("rowwise", [False, True])
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
 @pytest.mark.parametrize("wide_gradients", [False, True])
@@ -255,23 +316,13 @@ def test_linears_are_the_same_with_both(rowwise: bool, frozen: bool, wide_gradie
 
 
 UNIQUE = {KERNELS: "import triton\n", HOST: "import torch\n"}
-SMALL = {
-    "TILE_ROWS": 16,
-    "TILE_COLS": 16,
-    "FLAT": 16,
-    "SIDE_ROWS": 8,
-    "SIDE_COLS": 8,
-    "SIDE_STEPS": 2,
-    "PARTIALS": 2,
-    "PARTIAL_COLS": 16,
-}
 
 
 def check_casts(_: ModuleType) -> None:
     """What no mutant must survive: each kernel with several tiles, steps, programs and tensors, and what is not finite."""
     host, kernels = casts_in_force(), sys.modules["automodel_accel.kernels.fp8_linear.fused"]
     x, y = normal(36, 48, seed=1)[::2, :40], normal(5, 40, seed=2)
-    odd = normal(5, 16, seed=3)
+    odd, q = normal(5, 16, seed=3), normal(18, 48).to(E4M3)
     odd[0, 0], odd[1, 1], odd[2, 2] = float("nan"), float("inf"), -float("inf")
     exact = torch.tensor([[448.0], [240.0], [2.0**-120], [449.0], [-3.0]], device=DEVICE).expand(5, 16)
     with pytest.MonkeyPatch.context() as patch:
@@ -279,18 +330,18 @@ def check_casts(_: ModuleType) -> None:
             patch.setattr(host, name, size)
         for name in [name for name in vars(host) if name.endswith("_kernel")]:
             patch.setattr(host, name, getattr(kernels, name))
-        rows_alike([exact])
-        gradients_alike([x[:, :16], normal(18, 40, seed=4)])
-        rows_alike([odd], amax_R=-torch.full((5,), float("nan"), device=DEVICE))
-        same_bits(host.transposed(x.to(E4M3)), casts.transposed(x.to(E4M3)))
+        rows_alike([exact], kinds=[True], asked=BOTH)
+        rows_alike([x, y], asked=BOTH)
+        gradients_alike([x[:, :16], normal(18, 40, seed=4)], asked=BOTH)
+        gradients_alike([x], kinds=[True], asked=ASKED[:1])
+        rows_alike([odd], asked=BOTH)
+        rows_alike([odd], amax_R=-torch.full((5,), float("nan"), device=DEVICE), kinds=[True], asked=BOTH)
+        same_bits(host.transposed(q[:, :40]), casts.transposed(q[:, :40]))
         known = torch.cat([x, y]).abs().float().amax(1) / 8
-        rows_alike([x, y], FNUZ[0] if DEVICE == "cpu" else E4M3, amax_R=known)
-        for longest in (16384, 8):
-            patch.setattr(host, "LONGEST_ROW", longest)
-            rows_alike([odd])
-            rows_alike([x, y])
-            gradients_alike([x])
-        gradients_alike([odd])
+        rows_alike([x, y], FNUZ[0] if DEVICE == "cpu" else E4M3, amax_R=known, asked=BOTH)
+        gradients_alike([odd], kinds=[True], asked=BOTH)
+        patch.setattr(host, "LONGEST_ROW", 8)
+        rows_alike([x, y], kinds=[True], asked=BOTH)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.why)

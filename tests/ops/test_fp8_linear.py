@@ -178,9 +178,9 @@ def test_a_gradient_that_is_not_finite_stays_so(name: str, value: float) -> None
     assert not grad_weight[2].isfinite().any()
 
 
-def step_of(weight: torch.Tensor, held: HeldCast, found: Any = package) -> torch.Tensor:
+def step_of(weight: torch.Tensor, held: HeldCast) -> torch.Tensor:
     x = torch.linspace(-1, 1, 96).view(3, 32)
-    (y,) = found.fp8_linears(x, [weight], [None], held=held)
+    (y,) = package.fp8_linears(x, [weight], [None], held=held)
     return y  # type: ignore[no-any-return]
 
 
@@ -219,6 +219,16 @@ def check_held(held_type: type[HeldCast], counter: Counted) -> None:
     weight.data.mul_(-1)
     optimizer.step()
     assert torch.equal(step_of(weight, held).detach(), before), "a step that left no version was not seen"
+    for _ in range(2):
+        step_of(weight, held).sum().backward()
+    seen = counter.weights
+    assert torch.equal(step_of(weight, held).detach(), before)
+    assert counter.weights == seen, "a weight was cast again between micro-batches"
+    weight.data.mul_(2)
+    weight.grad = None
+    assert torch.equal(step_of(weight, held).detach(), 2 * before), "a step by hand that left no version was not seen"
+    weight.data.mul_(0.5)
+    optimizer.step()
     weight = torch.nn.Parameter(-weight.detach())
     assert torch.equal(step_of(weight, held).detach(), -before), "another weight got the cast of the first"
     frozen = torch.nn.Parameter(weight.detach(), requires_grad=False)
@@ -231,6 +241,17 @@ def check_held(held_type: type[HeldCast], counter: Counted) -> None:
 
 def test_held_casts(counted: Counted) -> None:
     check_held(HeldCast, counted)
+
+
+def test_outputs_may_be_written_to() -> None:
+    """As those of F.linear; some models scale them in place."""
+    x, weight = torch.randn(2, 3, 32), torch.randn(16, 32, requires_grad=True)
+    found = []
+    for in_place in (True, False):
+        (y,) = package.fp8_linears(x, [weight], [None])
+        y = y.mul_(2) if in_place else y * 2
+        found.append(torch.autograd.grad(y.sum(), weight)[0])
+    assert torch.equal(*found)
 
 
 def check_kept(found: Any) -> None:

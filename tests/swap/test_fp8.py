@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import automodel_accel as accel
 from automodel_accel.kernels.facts import Facts, this_machine
-from automodel_accel.kernels.fp8_linear import reference
+from automodel_accel.kernels.fp8_linear import noted, reference
 from automodel_accel.patches.fp8 import RECIPES
 from tests.ops.test_fp8_linear import E4M3, E5M2
 from tests.swap.compare import Step, applied, assert_close, assert_equal, gradients, only, step
@@ -280,6 +280,8 @@ def test_auto_takes_what_pays() -> None:
     (refused,) = refusals(tiny(), fp8="auto").values()
     assert f"({this_machine().arch}) multiplies 8-bit values no faster" in refused
     assert accel.report(applied(tiny(), fp8="auto", strict=True)).places("fp8") == 0
+    assert "slower than without fp8" in str(accel.plan(tiny(), fp8="rowwise")).replace("\n", " ")
+    assert "slower" not in " ".join(claim.label for claim in claims)
 
 
 def test_a_request_that_cannot_be_met() -> None:
@@ -294,6 +296,38 @@ def test_a_request_that_cannot_be_met() -> None:
 def test_float64_and_calls_outside_of_the_proof() -> None:
     model = tiny(dtype=torch.float64)
     assert_equal(step(fp8(model), **batch()), step(model, **batch()))
+
+
+def test_producers_note_what_a_cast_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and gated activations in Triton: the same bits, and no pass over their outputs for the largest value."""
+    pytest.importorskip("triton")
+    given: list[tuple[int, str]] = []
+    in_triton: Any = dict.fromkeys(("norm", "mlp", "residual"), "triton")
+    for recipe, model in (("tensorwise", tiny()), ("rowwise", tiny()), ("rowwise", adapted())):
+        ours = fp8(model, recipe, **in_triton)
+        counts = accel.report(ours).counts
+        with monkeypatch.context() as patch:
+            patch.setattr(counts, "wishes", {})
+            expected = step(ours, **batch())
+        for name in ("maxima_of", "cast_of"):
+            _watch(monkeypatch, name, given)
+        assert_equal(step(ours, **batch()), expected)
+        monkeypatch.undo()
+        of_maxima, of_casts = ([width for width, what in given if what == name] for name in ("maxima_of", "cast_of"))
+        frozen = len(list(model.parameters())) > 21
+        assert sorted(of_casts if frozen else of_maxima) == [32] * 4 + [48] * 2
+        given.clear()
+
+
+def _watch(monkeypatch: pytest.MonkeyPatch, name: str, given: list[tuple[int, str]]) -> None:
+    real = getattr(noted, name)
+
+    def watched(x: torch.Tensor) -> Any:
+        if (found := real(x)) is not None:
+            given.append((x.shape[-1], name))
+        return found
+
+    monkeypatch.setattr(noted, name, watched)
 
 
 # LoRA on a frozen base

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import automodel_accel as accel
 from automodel_accel.kernels import room
-from automodel_accel.patches.contract import Counts
+from automodel_accel.patches.contract import NOTHING, Counts
 from tests.swap.compare import Step, applied, assert_equal, others_off, step
 from tests.tiny import batch, tiny
 
@@ -66,9 +66,9 @@ def test_checkpoints_and_revert(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_room_only_where_something_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = Counts(rooms=ROOMS)
-    assert [counts.room(width) for width in (HIDDEN, INTERMEDIATE, 8)] == [48, 16, 0]
-    assert Counts().room(HIDDEN) == 0
+    assert [counts.beside(width).columns for width in (HIDDEN, INTERMEDIATE, 8)] == [48, 16, 0]
+    assert Counts().beside(HIDDEN) == NOTHING
     with torch.no_grad():
-        assert counts.room(HIDDEN) == 0
+        assert counts.beside(HIDDEN) == NOTHING
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert counts.room(HIDDEN) == 0
+    assert counts.beside(HIDDEN) == NOTHING
