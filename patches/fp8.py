@@ -197,7 +197,12 @@ class Fp8Patch(LinearPatch):
 
 
 def _ask(form: Fp8Form, members: Sequence[Any], counts: Counts) -> None:
-    """Have the producers of these inputs note the largest value of each row, or where rows are all that is cast, their cast."""
+    """Have the producers of these inputs note the largest value of each row, or where rows are all that is cast, their cast.
+
+    Delayed scales need nothing of them.
+    """
+    if RECIPES[form.recipe].delayed:
+        return
     bases = [lora.base_of(member) for member in members]
     rows_alone = RECIPES[form.recipe].rowwise and not any(base.weight.requires_grad for base in bases)
     wish = Wish(formats_here().e4m3 if rows_alone else None)
@@ -303,8 +308,13 @@ def _shared_outputs(
     names = tuple(map(str, range(len(members))))
     for member in members:
         retype(member, {"forward": _member_forward(type(member).forward, recipe, True, proven, counts)}, None)
+    if recipe.delayed:
+        vars(members[0])[HISTORIES] = proof.histories_of(x)
     with Sharing(dict(zip(names, members, strict=True)), (names,)):
-        return [member(x) for member in members]
+        outputs = [member(x) for member in members]
+    if recipe.delayed:
+        proof.follow(vars(members[0])[HISTORIES].gradients, outputs)
+    return outputs
 
 
 def _only_what_pays(context: Context) -> bool:

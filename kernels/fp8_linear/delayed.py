@@ -56,10 +56,17 @@ def first(
     of_input, of_weights = module.cast_gradients(
         tensors, dtype, False, weight_scale=asked if straight else None, x_scale=asked if transposed else None
     )
-    amax = _amax(tensors)
-    history.record(amax, torch.zeros_like(amax))
+    note(tensors, history)
     scale = (of_input or of_weights).scale
     return Cast(of_input and of_input.q, of_weights and of_weights.q_t, scale)
+
+
+def note(tensors: Sequence[torch.Tensor], history: History) -> None:
+    """Have the history know these values, as if they had been cast and none had saturated."""
+    amax = _amax(tensors)
+    if not history.is_empty(amax.device):
+        history.settle()
+    history.record(amax, torch.zeros_like(amax))
 
 
 def _amax(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -18,7 +18,7 @@ from automodel_accel.kernels.fp8_linear.history import LENGTH, MARGIN, History
 from automodel_accel.kernels.launch import cdiv, next_power_of_2, persistent_programs, rows
 
 PROGRAMS_PER_PROCESSOR = 2
-TILE_ROWS, TILE_COLS = 128, 128  # whole lines of 128 bytes of q and q_t
+TILE_ROWS, TILE_COLS = 64, 128  # with 128 rows what is counted leaves registers for one program on a processor alone
 WARPS = 8
 STAGES = 2  # the next tile is on its way
 

@@ -49,6 +49,9 @@ MUTANTS = (
     ),
     Mutant(NODE, "history=delayed.histories.x", "history=delayed.histories.gradients", "one history for both"),
     Mutant(
-        NODE, "functools.partial(cast_x, scale=of_x.scale)", "functools.partial(cast_x)", "computed again by another scale"
+        NODE,
+        "functools.partial(cast_x, scale=of_x.scale)",
+        "functools.partial(cast_x)",
+        "computed again by another scale",
     ),
 )

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import automodel_accel as accel
+from automodel_accel.kernels.fp8_linear import delayed
+from automodel_accel.kernels.fp8_linear.casts import Cast
+from automodel_accel.kernels.fp8_linear.history import History
 from automodel_accel.patches.fp8 import HISTORIES
 from tests.swap.compare import assert_equal, step
 from tests.swap.test_fp8 import _pickled, adapted, fp8, served, train
@@ -104,3 +107,19 @@ def test_adapters_on_a_frozen_base() -> None:
     losses = train(ours, steps=5)
     assert losses[-1] < losses[0]
     assert losses == pytest.approx(train(fp8(adapted()), steps=5), rel=0.02)
+
+
+@pytest.mark.parametrize("of_gradients", [False, True])
+def test_the_proof_casts_by_a_history(of_gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake that no first call makes is found before anything is swapped."""
+    right = delayed.cast
+
+    def wrong(tensors: Any, dtype: Any, history: History, **asked: Any) -> Cast:
+        made = right(tensors, dtype, history, **asked)
+        mistaken = history.calls > 1 and ("straight" in asked) == of_gradients
+        return Cast(made.q, made.q_t, made.scale * 2) if mistaken else made
+
+    monkeypatch.setattr(delayed, "cast", wrong)
+    report = accel.report(fp8(tiny(), "delayed"))
+    assert report.places("fp8") == 0
+    assert [no for fusion, no in report.refusals if fusion == "fp8"]
