@@ -5,8 +5,18 @@ from tests.ops.mutation import Mutant
 KERNEL = "fp8_linear/delayed_fused.py"
 HISTORY = "fp8_linear/history.py"
 NODE = "fp8_linear/__init__.py"
+TORCH = "fp8_linear/delayed.py"
 
 MUTANTS = (
+    Mutant(TORCH, "over = finite & (", "over = (", "infinities saturate by torch"),
+    Mutant(TORCH, ".abs() > torch.finfo", ".abs() >= torch.finfo", "what just fits saturates by torch"),
+    Mutant(
+        TORCH, 'joined.masked_fill(~finite, float("nan"))', "joined", "an infinity becomes the largest value by torch"
+    ),
+    Mutant(TORCH, "        history.settle()\n        scale", "        scale", "the scale of the call before the last"),
+    Mutant(
+        TORCH, "torch.stack(ends).abs().amax()", "torch.stack(ends).amax()", "negative values are never the largest"
+    ),
     Mutant(
         KERNEL,
         "mask=partials < n_last, other=0), 0)\n        ring",

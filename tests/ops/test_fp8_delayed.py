@@ -21,7 +21,7 @@ from automodel_accel.kernels.recompute import remember, source_of
 from tests.budgets.traffic import MOST
 from tests.budgets.watch import Watch
 from tests.ops.allocations import Allocations
-from tests.ops.mutants_fp8_delayed import HISTORY, KERNEL, MUTANTS, NODE
+from tests.ops.mutants_fp8_delayed import HISTORY, KERNEL, MUTANTS, NODE, TORCH
 from tests.ops.mutation import Mutant, check_caught, mutated
 from tests.ops.test_fp8_casts import ASKED, DEVICE, DTYPES, E4M3, FNUZ, FORMATS, SHAPES, normal, same_bits
 
@@ -103,10 +103,11 @@ def check_scales(module: Any) -> None:
     history, ones = in_force("history").History(), torch.ones(4, 16, device=DEVICE)
     sizes = [1.0, 8.0, 1.0, 300.0, *([2.0] * (LENGTH + 2)), 0.5]
     for n, size in enumerate(sizes):
-        cast = module.cast([ones * size, -ones * size / 2], E4M3, history)
+        x = torch.cat([ones * size / 2, -ones * size], 1)
+        cast = module.cast([x], E4M3, history)
         seen = torch.tensor(max(sizes[max(0, n - LENGTH) : n], default=size), device=DEVICE)
         assert cast.scale == scale_of(seen, E4M3) * (2 if n else 1)
-        expected = casts.saturated(torch.cat([ones * size, -ones * size / 2], 1), 1 / cast.scale, E4M3)
+        expected = casts.saturated(x, 1 / cast.scale, E4M3)
         same_bits(cast.q, expected)
 
 
@@ -134,6 +135,7 @@ def check_not_finite(module: Any) -> None:
     history = in_force("history").History()
     scales = [module.cast([one], E4M3, history).scale for one in (x, x, odd, x)]
     assert scales[1] == scales[2] == scales[3]
+    assert history.saturated() == (odd.isfinite() & (odd.abs() > TOP * scales[2])).sum() > 0
     cast = module.cast([odd], E4M3, history)
     assert torch.equal(cast.q.float().isnan(), ~odd.isfinite())
     history = in_force("history").History()
@@ -252,8 +254,14 @@ def test_bytes_moved(tensors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert floor < watched.moved <= MOST * floor
 
 
-UNIQUE = {KERNEL: "import triton\n", HISTORY: "import torch\n", NODE: "import functools\n"}
+UNIQUE = {TORCH: "import torch\n", KERNEL: "import triton\n", HISTORY: "import torch\n", NODE: "import functools\n"}
 SMALL = {"TILE_ROWS": 16, "TILE_COLS": 16}
+
+
+def check_calls(module: Any) -> None:
+    """All that the history is held to."""
+    for check in (check_counts, check_not_finite, check_scales):
+        check(module)
 
 
 def check_all(found: Any) -> None:
@@ -266,15 +274,14 @@ def check_all(found: Any) -> None:
             for module in (delayed, host):
                 if hasattr(module, name):
                     patch.setattr(module, name, getattr(in_force("history"), name))
+        check_calls(in_force("delayed"))
+        check_linears(found)
         x = normal(36, 48, seed=1)[::2, :40]
         odd = normal(18, 40, seed=3)
         odd[0, 0], odd[1, 39], odd[17, 2] = float("nan"), float("inf"), -float("inf")
-        both(apart([x, normal(18, 16, seed=2)]), FNUZ[0] if DEVICE == "cpu" else E4M3)
-        both([[x], [odd], [x], [odd * float("nan")], [-x * 50], [odd], [x]])
-        for module in (host, delayed):
-            for check in (check_scales, check_counts, check_not_finite):
-                check(module)
-    check_linears(found)
+        both([[x, x[:, :16] * size] for size in (1, 40, 0)], FNUZ[0] if DEVICE == "cpu" else E4M3)
+        both([[x], [odd], [odd * float("nan")], [-x * 50], [odd]])
+        check_calls(host)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.why)
@@ -282,7 +289,7 @@ def test_mutants_are_caught(mutant: Mutant, tmp_path: Path) -> None:
     check_caught(mutant, check_all, tmp_path)
 
 
-@pytest.mark.parametrize("file", [KERNEL, HISTORY, NODE])
+@pytest.mark.parametrize("file", [KERNEL, HISTORY, NODE, TORCH])
 def test_an_unchanged_copy_passes_what_catches_mutants(file: str, tmp_path: Path) -> None:
     with mutated(Mutant(file, UNIQUE[file], UNIQUE[file], "no mistake"), tmp_path) as found:
         check_all(found)
