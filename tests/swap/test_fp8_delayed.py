@@ -29,10 +29,9 @@ def test_the_first_step_has_current_scales() -> None:
 def test_trains_as_current_scaling_does() -> None:
     model = tiny()
     ours, theirs = fp8(model, "delayed"), fp8(model)
-    found, expected, plain = (train(one, steps=20) for one in (ours, theirs, copy.deepcopy(model)))
+    found, expected = train(ours, steps=20), train(theirs, steps=20)
     assert found[-1] < 0.7 * found[0]
     assert found[-1] == pytest.approx(expected[-1], rel=0.05)
-    assert found[-1] == pytest.approx(plain[-1], rel=0.05)
     assert served(ours) == 20 * 2 * 2 * 4
     assert {(one.x.calls, one.gradients.calls) for one in histories(ours)} == {(40, 40)}
     assert len(histories(ours)) == 2 * 4
