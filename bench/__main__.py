@@ -13,9 +13,10 @@ from pathlib import Path
 from rich.console import Console
 
 from automodel_accel.kernels.facts import this_machine
+from automodel_accel.kernels.fp8_linear.products import is_fast
 from automodel_accel.kernels.preference import write_preferences
+from bench import fp8, screen, tables
 from bench import overhead as overheads
-from bench import screen, tables
 from bench.against import revision
 from bench.case import Case, Operation
 from bench.cases import cases, custom, pick, with_beside
@@ -31,6 +32,7 @@ EXAMPLE = """examples:
   python -m bench linear_cross_entropy --tokens 8192 --dtype bfloat16 --ignored 0.5
   python -m bench kernels --op rms_norm --against HEAD~5
   python -m bench lora --tokens 512 --rank 32
+  python -m bench fp8 --tokens 512 --in-features 512 --out-features 2048
   python -m bench plot --to out/bench
   python -m bench tables --check
 
@@ -78,10 +80,15 @@ def _measure(options: argparse.Namespace, console: Console) -> int:
             console.print(
                 "There is no GPU: sizes are cut to what a CPU does in seconds, and peers that need one are left out."
             )
+        if "fp8" in chosen and not is_fast(this_machine().arch):
+            console.print(
+                f"{this_machine().arch} multiplies 8-bit values no faster than others, or emulates it: no gain is to be seen."
+            )
         _warn_of_load(console)
         outcomes, red = _run(chosen, settings, options.minutes, console)
-        for overhead in overheads.tables([row for outcome in outcomes for row in outcome.rows]):
-            console.print(overhead)
+        rows = [row for outcome in outcomes for row in outcome.rows]
+        for table in (*overheads.tables(rows), *fp8.tables(rows)):
+            console.print(table)
         if others:
             console.print(screen.against(outcomes, others[0].name))
     if options.plot:

@@ -46,6 +46,9 @@ class Case:
         found, sizes = f"{self.model}, {self.sizes['tokens']} tokens", self.sizes
         if sizes.get("ignored"):
             found += f", {sizes['ignored']:.0%} ignored"
+        if "in_features" in sizes:
+            widths = " + ".join(f"{size}" for name, size in sizes.items() if name.startswith("out_features"))
+            found += f", {sizes['in_features']} to {widths}, weights {'train' if sizes['trains'] else 'frozen'}"
         if "rank" in sizes:
             found += f", adapters of rank {sizes['rank']}" if sizes["rank"] else ", no adapters"
         return found
@@ -70,6 +73,8 @@ class Operation:
         cpu_cut: Sizes that are divided on a CPU, by how much.
         beside: Sizes in which a second case differs, which is measured beside each one.
         builds: Whether a peer's first call builds modules, so that it is not measured.
+        parts: A model's sizes where it has the operation more than once; in place of `sizes`.
+        wrong: The error, as a share of the largest true value, beyond which a peer computes something else; None: by the dtype.
     """
 
     name: str
@@ -86,11 +91,18 @@ class Operation:
     cpu_cut: Mapping[str, int] = field(default_factory=dict)
     beside: Sizes = field(default_factory=dict)
     builds: bool = False
+    parts: Callable[[Model], tuple[Sizes, ...]] | None = None
+    wrong: float | None = None
 
 
 def make_inputs(operation: Operation, sizes: Sizes, options: Options, dtype: torch.dtype, device: str) -> Inputs:
     """The inputs of a case: the tensors, and the options beside them."""
     return {**operation.inputs(sizes, dtype, device), **options}
+
+
+def weights(inputs: Inputs) -> list[torch.nn.Parameter]:
+    """Those of linears that share an input, in order."""
+    return [value for name, value in inputs.items() if name.startswith("weight_")]
 
 
 def leaves(inputs: Inputs) -> dict[str, torch.Tensor]:

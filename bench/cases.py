@@ -16,7 +16,8 @@ ON_CPU = ("Qwen3-0.6B", "Gemma-2-2B", "GPT-2-XL")
 CPU_TOKENS = 512
 QUICK = ("Qwen3-0.6B", "GPT-2-XL")
 QUICK_TOKENS = 64
-QUICK_DIVISORS = {"hidden": 8, "intermediate": 8, "vocab": 64, "heads": 4, "key_heads": 4}
+LINEAR = dict.fromkeys(("in_features", "out_features", "out_features_2", "out_features_3"), 16)
+QUICK_DIVISORS = {"hidden": 8, "intermediate": 8, "vocab": 64, "heads": 4, "key_heads": 4, **LINEAR}
 
 
 def pick(names: Sequence[str]) -> list[Operation]:
@@ -60,7 +61,9 @@ def cases(
         if models and name not in models:
             continue
         for length, ignored in _variations(operation, name, device, quick, bool(models), tokens):
-            found += with_beside(operation, _case(operation, name, device, dtype, length, ignored, quick))
+            parts = (operation.parts or (lambda model: (operation.sizes(model),)))(MODELS[name])
+            for part in parts:
+                found += with_beside(operation, _case(operation, name, part, device, dtype, length, ignored, quick))
     return sorted(found, key=lambda case: case.model not in ALL_LENGTHS or case.sizes["tokens"] != TYPICAL)
 
 
@@ -92,9 +95,17 @@ def _variations(
         yield from ((length, ignored) for ignored in (operation.ignored if every else operation.ignored[:1]))
 
 
-def _case(operation: Operation, model: str, device: str, dtype: str, tokens: int, ignored: float, quick: bool) -> Case:
-    shape = MODELS[model]
-    sizes: dict[str, int | float] = {"tokens": tokens, **operation.sizes(shape)}
+def _case(
+    operation: Operation,
+    model: str,
+    part: Sizes,
+    device: str,
+    dtype: str,
+    tokens: int,
+    ignored: float,
+    quick: bool,
+) -> Case:
+    sizes: dict[str, int | float] = {"tokens": tokens, **part}
     divisors = QUICK_DIVISORS if quick else operation.cpu_cut if device == "cpu" else {}
     cuts = []
     for name, divisor in divisors.items():
@@ -103,4 +114,4 @@ def _case(operation: Operation, model: str, device: str, dtype: str, tokens: int
             cuts.append(f"{name} {whole} -> {sizes[name]}")
     if "ignored" in operation.custom:
         sizes["ignored"] = ignored
-    return Case(operation.name, model, sizes, operation.options(shape), dtype, ", ".join(cuts))
+    return Case(operation.name, model, sizes, operation.options(MODELS[model]), dtype, ", ".join(cuts))

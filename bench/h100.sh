@@ -11,6 +11,7 @@ parts, in this order (default: all of them)
   tests     the tests marked gpu
   kernels   python -m bench kernels, against every peer that is installed
   lora      the same of adapted linears and of an adapted layer of Llama, with and without adapters, and what these cost
+  fp8       the same of linears by 8-bit products, for weights that train and frozen ones, and what they gain
   e2e       python -m bench e2e, the most telling runs first, as many as there is time for
   table     one table of all rows, OUT/summary.md, and a picture of the trainings, OUT/e2e.png
 all shares the time among them, and takes fewer sizes of the kernels; a part given alone has all of it. A part that is done
@@ -49,13 +50,13 @@ while (($#)); do
         --tiny) tiny=yes ;;
         --dry-run) dry=yes ;;
         -h | --help) usage && exit 0 ;;
-        all) parts+=(tests kernels lora e2e table) ;;
-        tests | kernels | lora | e2e | table) parts+=("$1") ;;
+        all) parts+=(tests kernels lora fp8 e2e table) ;;
+        tests | kernels | lora | fp8 | e2e | table) parts+=("$1") ;;
         *) refuse "unknown argument $1" ;;
     esac
     shift
 done
-((${#parts[@]})) || parts=(tests kernels lora e2e table)
+((${#parts[@]})) || parts=(tests kernels lora fp8 e2e table)
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || refuse "--minutes $minutes is no whole number above 0"
 [[ -z $wheels || -d $wheels ]] || refuse "--wheels $wheels: no such folder"
 
@@ -140,13 +141,20 @@ kernels() {
     # where the time is shared: the operations that matter most first, at one number of tokens
     ((${#parts[@]} > 2)) && what=(--op "$first" --tokens 8192 --seconds 1)
     [[ $tiny ]] && what=(--quick --op rms_norm --peers torch --repetitions 1 --seconds 0.1)
-    measured 24 ${what[@]+"${what[@]}"}
+    measured 20 ${what[@]+"${what[@]}"}
 }
 
 lora() {
     local what=(--op "lora_layer,lora" --models "Llama-3-8B,Llama-3.2-1B" --tokens 8192)
     [[ $tiny ]] && what=(--quick --op lora --peers peft --repetitions 1 --seconds 0.1)
-    measured 14 "${what[@]}"
+    measured 12 "${what[@]}"
+}
+
+fp8() {
+    local what=(--op fp8 --models "Llama-3-8B,Llama-3.2-1B" --tokens "8192,2048,32768")
+    ((${#parts[@]} > 2)) && what=(--op fp8 --models Llama-3-8B --tokens 8192 --seconds 1)
+    [[ $tiny ]] && what=(--quick --op fp8 --peers torchao --repetitions 1 --seconds 0.1)
+    measured 12 "${what[@]}"
 }
 
 # e2e_run ARGUMENTS...: one benchmark in what is left of the part's time
@@ -159,19 +167,19 @@ e2e_run() {
 }
 
 e2e() {
-    local e2e_end=$((SECONDS + $(seconds_for 36))) e2e_failed=0
+    local e2e_end=$((SECONDS + $(seconds_for 33))) e2e_failed=0
     local small="--models Llama-3.2-1B --repetitions 1" large="--models Llama-3-8B --rows 2 --repetitions 1"
-    local ours="ours ours:recompute=selective"
+    local ours="ours ours:recompute=selective" fp8="ours:fp8=auto"
     # the flags are words without spaces
     # shellcheck disable=SC2086
     if [[ $tiny ]]; then
         e2e_run --tiny
     else
         e2e_run $small --methods full --layouts packed --variants vanilla liger $ours
-        e2e_run $large --methods lora --layouts packed --variants vanilla liger unsloth $ours
+        e2e_run $large --methods lora --layouts packed --variants vanilla liger unsloth $ours $fp8
         e2e_run $small --methods full --layouts padded --variants vanilla liger $ours
         e2e_run $small --methods lora --layouts packed --variants vanilla liger unsloth $ours
-        e2e_run $large --methods full --layouts packed --layers 16 --variants vanilla liger $ours
+        e2e_run $large --methods full --layouts packed --layers 16 --variants vanilla liger $ours $fp8
         e2e_run $small --methods full --layouts packed --variants vanilla compile nemo ours
     fi
     return $e2e_failed

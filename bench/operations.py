@@ -97,6 +97,43 @@ def _lora_layer_inputs(sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
     return {"x": x.requires_grad_(), **_adapted(sizes, dtype, device), **norms, **tables, **whole, "grads": (grad,)}
 
 
+def _linear_groups(model: Model) -> tuple[Sizes, ...]:
+    """Linears of one input: q, k and v; o; gate and up; down."""
+    q, k = model.heads * model.head_dim, model.key_heads * model.head_dim
+    groups = (model.hidden, q, k, k), (q, model.hidden), (model.hidden, *2 * (model.intermediate,))
+    names = "in_features", "out_features", "out_features_2", "out_features_3"
+    every = (*groups, (model.intermediate, model.hidden))
+    return tuple({**dict(zip(names, widths, strict=False)), "trains": 1} for widths in every)
+
+
+def _out_features(sizes: Sizes) -> list[int]:
+    return [int(size) for name, size in sizes.items() if name.startswith("out_features")]
+
+
+def _linear_elements(sizes: Sizes) -> tuple[float, float, float]:
+    """Of the input, of the outputs and of the weights."""
+    tokens, wide, high = sizes["tokens"], sizes["in_features"], sum(_out_features(sizes))
+    return float(tokens * wide), float(tokens * high), float(wide * high)
+
+
+def _fp8_inputs(sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
+    """x, a weight of each linear, which trains or is frozen, and a gradient of each output."""
+    x = _normal(_rows(sizes, "in_features"), dtype, device).requires_grad_()
+    found: dict[str, Any] = {"x": x}
+    for number, high in enumerate(_out_features(sizes)):
+        weight = _normal((high, x.shape[1]), dtype, device, 10 + number).mul_(x.shape[1] ** -0.5)
+        found[f"weight_{number}"] = nn.Parameter(weight, requires_grad=bool(sizes["trains"]))
+    grads = (_normal((x.shape[0], high), dtype, device, 40 + i) for i, high in enumerate(_out_features(sizes)))
+    return {**found, "grads": tuple(grads)}
+
+
+def _fp8_bytes(sizes: Sizes, itemsize: int) -> float:
+    """Forward reads x and the weights and writes the outputs, backward the reverse; what it reads again is kept in 8 bits."""
+    x, y, weights = _linear_elements(sizes)
+    once = 2 * x + 2 * y + (1 + sizes["trains"]) * weights
+    return once * itemsize + weights + sizes["trains"] * x
+
+
 def _activation_inputs(sizes: Sizes, dtype: torch.dtype, device: str) -> Inputs:
     x, grad = (_normal(_rows(sizes, "intermediate"), dtype, device, seed) for seed in range(2))
     return {"x": x.requires_grad_(), "grads": (grad,)}
@@ -269,6 +306,23 @@ LORA_LAYER = Operation(
     beside={"rank": 0},
     builds=True,
 )
+FP8 = Operation(
+    name="fp8",
+    about="linears of one input, of which each library multiplies 8-bit values and eager those of the dtype",
+    tests=("tests/ops/test_fp8_linear.py", "-k", "test_equals_its_definition or test_noise_of_each_product"),
+    models=("Llama-3.2-1B", "Llama-3-8B"),
+    custom={"tokens": 4096, "in_features": 1024, "out_features": 4096, "trains": 1},
+    sizes=lambda model: _linear_groups(model)[0],
+    parts=_linear_groups,
+    options=lambda model: {},
+    inputs=_fp8_inputs,
+    # two products where the weights are frozen, three where they train; as a share of the rate of the dtype's own products
+    flops=lambda sizes: (4 + 2 * sizes["trains"]) * sizes["tokens"] * _linear_elements(sizes)[2],
+    bytes_floor=_fp8_bytes,
+    cpu_cut=dict.fromkeys(("in_features", "out_features", "out_features_2", "out_features_3"), 4),
+    beside={"trains": 0},
+    wrong=0.1,  # one value in 8 bits is up to 1/16 off
+)
 ACTIVATION = Operation(
     name="activation",
     about="the activation of an MLP without a gate",
@@ -346,7 +400,7 @@ CROSS_ENTROPY = Operation(
 
 def _all() -> Mapping[str, Operation]:
     elementwise = [RMS_NORM, ADD_RMS_NORM, LAYER_NORM, GATED_LINEAR, ACTIVATION, ROPE]
-    operations = [*elementwise, LORA, LORA_LAYER, ATTENTION, LINEAR_CROSS_ENTROPY, CROSS_ENTROPY]
+    operations = [*elementwise, LORA, LORA_LAYER, FP8, ATTENTION, LINEAR_CROSS_ENTROPY, CROSS_ENTROPY]
     return {operation.name: operation for operation in operations}
 
 

@@ -17,8 +17,9 @@ from bench.peers import EAGER, OURS, PEERS, Peer
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {"add_rms_norm": ("rms_norm", "ADD_KERNEL"), "lora": ("linear", "KERNEL")}
 LAYERS: dict[str, tuple[str, ...]] = {
-    "lora_layer": ("selective",)
-}  # many kernels; by the settings that are measured too
+    "lora_layer": ("selective",),
+    "fp8": ("rowwise",),
+}  # many kernels, or a recipe; by the settings that are measured too
 
 
 @dataclass(frozen=True, slots=True)

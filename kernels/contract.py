@@ -155,6 +155,7 @@ def in_te(
     features: frozenset[str],
     lacks: Mapping[str, str],
     dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16, torch.float16}),
+    archs: tuple[str, ...] = ("sm_",),
 ) -> Implementation:
     """An implementation by the kernels of Transformer Engine."""
     return Implementation(
@@ -163,7 +164,7 @@ def in_te(
         devices=frozenset({"cuda"}),
         dtypes=dtypes,
         needs="transformer-engine",
-        archs=("sm_",),
+        archs=archs,
         features=features - lacks.keys(),
         lacks=lacks,
     )

@@ -18,9 +18,9 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from automodel_accel.kernels.contract import Refusal
+from automodel_accel.kernels.contract import AUTO, Refusal
 from automodel_accel.kernels.facts import Facts
-from automodel_accel.kernels.fp8_linear import KERNEL, MULTIPLE, Recipe, fp8_linears
+from automodel_accel.kernels.fp8_linear import KERNEL, MULTIPLE, Recipe, features, fp8_linears
 from automodel_accel.kernels.fp8_linear.history import Histories
 from automodel_accel.kernels.fp8_linear.noted import Wish
 from automodel_accel.kernels.fp8_linear.products import NATIVE, engine_on, is_fast
@@ -154,7 +154,7 @@ class Fp8Patch(LinearPatch):
         recipe = context.fp8 if context.fp8 in RECIPES else "tensorwise"
         form = Fp8Form(LinearForm(groups, biases, adapted, context.recompute is not None), str(recipe))
         dtype = bases[0].weight.dtype
-        choices = context.choices(KERNEL, dtype, bases[0].in_features)
+        choices = context.choices(KERNEL, dtype, bases[0].in_features, features(RECIPES[form.recipe]))
         paths = tuple(self._paths[id(module)] for module in (*members, *parents))
         label = f"{form.recipe}, {_said(groups, bases)}" + (", LoRA beside" if any(adapted) else "")
         label += _slower(context.facts)
@@ -318,7 +318,7 @@ def _shared_outputs(
 
 
 def _only_what_pays(context: Context) -> bool:
-    return context.fp8 not in RECIPES and not context.fp8_layers
+    return context.fp8 == AUTO and not context.fp8_layers
 
 
 def _no_gain(context: Context) -> Refusal | None:
@@ -327,7 +327,7 @@ def _no_gain(context: Context) -> Refusal | None:
         return None
     return Refusal(
         MODEL,
-        f'fp8="auto": {context.facts.device} ({context.facts.arch}) multiplies 8-bit values no faster than bfloat16',
+        f'fp8="{context.fp8}": {context.facts.device} ({context.facts.arch}) multiplies 8-bit values no faster than bfloat16',
         f"nothing is swapped; name a recipe ({', '.join(RECIPES)}) to have it all the same, slower",
     )
 

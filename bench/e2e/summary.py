@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from automodel_accel.kernels.facts import this_machine
-from bench import overhead
+from bench import fp8, overhead
 from bench.e2e.variants import OURS, VANILLA
 
 Row = dict[str, Any]
@@ -43,7 +43,10 @@ def summary(rows: Sequence[Row]) -> str:
         return "No rows.\n"
     training = [row for row in rows if row["case"] == "e2e"]
     kernels = [row for row in rows if row["case"] != "e2e"]
-    return "\n".join([*_where(rows), *_kernels(kernels), *_overheads(kernels), *_trainings(training)]) + "\n"
+    return (
+        "\n".join([*_where(rows), *_kernels(kernels), *_overheads(kernels), *_gains(kernels), *_trainings(training)])
+        + "\n"
+    )
 
 
 def _where(rows: Sequence[Row]) -> Iterator[str]:
@@ -92,6 +95,16 @@ def _overheads(rows: Sequence[Row]) -> Iterator[str]:
         yield ""
 
 
+def _gains(rows: Sequence[Row]) -> Iterator[str]:
+    for pairs in fp8.gains(rows):
+        yield f"**{fp8.title(pairs)}**"
+        yield ""
+        yield from _head(fp8.COLUMNS)
+        for pair in pairs:
+            yield _line(*pair.cells)
+        yield ""
+
+
 def _trainings(rows: Sequence[Row]) -> Iterator[str]:
     for title, group in itertools.groupby(rows, key=_title):
         found = list(group)
@@ -103,6 +116,10 @@ def _trainings(rows: Sequence[Row]) -> Iterator[str]:
             if "seconds" in row:
                 yield _line(row["variant"], *_training(row, base))
         yield ""
+        if gains := list(fp8.trainings(found)):
+            yield from _head(fp8.TRAINING_COLUMNS)
+            yield from (_line(*cells) for cells in gains)
+            yield ""
         for row in found:
             if "skipped" in row:
                 yield f"- {row['variant']}: {row['skipped']}"

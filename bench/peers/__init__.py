@@ -18,7 +18,7 @@ NORMS = frozenset({"rms_norm", "add_rms_norm", "layer_norm"})
 ELEMENTWISE = frozenset({"gated_linear", "activation", "rope"})
 LOSSES = frozenset({"linear_cross_entropy", "cross_entropy"})
 ADAPTED = frozenset({"lora", "lora_layer"})
-ALL = NORMS | ELEMENTWISE | LOSSES | ADAPTED | {"attention"}
+ALL = NORMS | ELEMENTWISE | LOSSES | ADAPTED | {"attention", "fp8"}
 OURS, EAGER = "ours", "eager"
 
 
@@ -136,7 +136,7 @@ _ALL = (
         about="Transformer Engine",
         module="transformer_engine",
         package="transformer-engine",
-        operations=frozenset({"rms_norm", "layer_norm", "gated_linear", "activation", "rope", "attention"}) | LOSSES,
+        operations=LOSSES | {"rms_norm", "layer_norm", "gated_linear", "activation", "rope", "attention", "fp8"},
     ),
     Peer(
         name="peft",
@@ -159,6 +159,23 @@ _ALL = (
         module="unsloth",
         package="unsloth",
         operations=frozenset({"rms_norm", "layer_norm", "gated_linear", "rope", "cross_entropy"}) | ADAPTED,
+    ),
+    Peer(
+        name="torchao",
+        about="torchao's float8 linears, one scale a tensor",
+        module="torchao",
+        package="torchao",
+        operations=frozenset({"fp8"}),
+        devices=EVERYWHERE,
+    ),
+    Peer(
+        name="torchao-compile",
+        about="torch.compile of the same",
+        module="torchao",
+        package="torchao",
+        operations=frozenset({"fp8"}),
+        devices=EVERYWHERE,
+        compiles=True,
     ),
     Peer(
         name="flash-attn",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from bench.case import Forward, Inputs
+from bench.case import Forward, Inputs, weights
 
 IGNORE_INDEX = -100
 
@@ -24,6 +24,7 @@ def forwards(variant: str) -> Mapping[str, Forward]:
         "activation": lambda inputs: _activated(inputs["x"], inputs["activation"]),
         "lora": lambda inputs: tuple(_adapted(name, inputs["x"], inputs) for name in ("gate_proj", "up_proj")),
         "lora_layer": _lora_layer,
+        "fp8": lambda inputs: tuple(F.linear(inputs["x"], weight) for weight in weights(inputs)),
         "rope": _rope,
         "attention": _attention,
         "linear_cross_entropy": _linear_cross_entropy,

@@ -10,6 +10,8 @@ import automodel_accel
 from automodel_accel.kernels.activation import activation
 from automodel_accel.kernels.attention import attention
 from automodel_accel.kernels.contract import AUTO
+from automodel_accel.kernels.fp8_linear import Recipe, fp8_linears
+from automodel_accel.kernels.fp8_linear.weights import HeldCast
 from automodel_accel.kernels.gated_linear import gated_linear
 from automodel_accel.kernels.layer_norm import layer_norm
 from automodel_accel.kernels.linear import linears
@@ -17,7 +19,7 @@ from automodel_accel.kernels.linear_cross_entropy import linear_cross_entropy
 from automodel_accel.kernels.lora import Adapter, Form
 from automodel_accel.kernels.rms_norm import add_rms_norm, rms_norm
 from automodel_accel.kernels.rope import rope
-from bench.case import Forward, Inputs
+from bench.case import Forward, Inputs, weights
 
 
 def forwards(variant: str) -> Mapping[str, Forward]:
@@ -36,6 +38,7 @@ def forwards(variant: str) -> Mapping[str, Forward]:
         "activation": lambda inputs: activation(inputs["x"], inputs["activation"], **_named(inputs)),
         "lora": _lora,
         "lora_layer": _lora_layer(),
+        "fp8": _fp8,
         "rope": _rope,
         "attention": lambda inputs: attention(
             *(inputs[name].transpose(1, 2) for name in ("q", "k", "v")), **_named(inputs)
@@ -71,6 +74,15 @@ def _lora_layer() -> Forward:
         return automodel_accel.apply(build(inputs), recompute=recompute)
 
     return Built(make, last_hidden_state)
+
+
+def _fp8(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """ "rowwise" is no implementation but a recipe. Weights that train are cast in each call, as after each step; frozen ones once."""
+    each = weights(inputs)
+    trains = any(weight.requires_grad for weight in each)
+    held = HeldCast() if trains else inputs.setdefault("held", HeldCast())
+    recipe = Recipe(rowwise=inputs.get("implementation") == "rowwise")
+    return fp8_linears(inputs["x"], each, [None] * len(each), recipe, held=held)
 
 
 def _rope(inputs: Inputs) -> tuple[torch.Tensor, ...]:

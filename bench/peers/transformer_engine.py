@@ -9,11 +9,12 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 import transformer_engine.pytorch as te
+from transformer_engine.common.recipe import Float8CurrentScaling
 from transformer_engine.pytorch import ops
 from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
 from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
 
-from bench.case import Forward, Inputs, UnsupportedError
+from bench.case import Forward, Inputs, UnsupportedError, weights
 
 
 def forwards(variant: str) -> Mapping[str, Forward]:
@@ -24,6 +25,7 @@ def forwards(variant: str) -> Mapping[str, Forward]:
         "gated_linear": _Activation({"silu": ops.SwiGLU, "gelu_tanh": ops.GEGLU}, packed=True),
         "activation": _Activation({"gelu_tanh": ops.GELU, "relu2": ops.SReLU}, packed=False),
         "rope": _rope,
+        "fp8": _fp8,
         "attention": _Attention(),
         "linear_cross_entropy": lambda inputs: _loss(F.linear(inputs["hidden"], inputs["weight"]), inputs),
         "cross_entropy": lambda inputs: _loss(inputs["logits"], inputs),
@@ -78,6 +80,22 @@ class _Attention:
         found = self.modules[key](inputs["q"], inputs["k"], inputs["v"])  # [1, tokens, heads * width]
         heads_apart: torch.Tensor = found.unflatten(-1, (heads, width)).transpose(1, 2)
         return heads_apart
+
+
+def _fp8(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """The linears of one input as one module, as in its own attention; frozen weights are cast in the first call alone."""
+    each, first = weights(inputs), "module" not in inputs
+    names = {f"part_{number}_": len(weight) for number, weight in enumerate(each)}
+    if first:
+        x, total = inputs["x"], sum(names.values())
+        options = {"bias": False, "params_dtype": x.dtype, "device": x.device}
+        inputs["module"] = te.Linear(x.shape[1], total, parameters_split=names, **options)
+        for name, weight in zip(names, each, strict=True):
+            setattr(inputs["module"], f"{name}weight", weight)
+    with te.fp8_autocast(enabled=True, fp8_recipe=Float8CurrentScaling()):
+        trains = any(weight.requires_grad for weight in each)
+        y = inputs["module"](inputs["x"], is_first_microbatch=None if trains else first)
+    return tuple(y.split(list(names.values()), -1))
 
 
 def _rope(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:

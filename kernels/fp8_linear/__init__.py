@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module, in_triton
+from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module, in_te, in_triton
 from automodel_accel.kernels.fp8_linear import noted, reference
 from automodel_accel.kernels.fp8_linear.casts import Cast
 from automodel_accel.kernels.fp8_linear.history import Histories
@@ -39,19 +39,27 @@ MULTIPLE = 16  # of in_features and out_features: what the hardware multiplies
 FIRST = 2  # of the weights among the inputs
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
+SCALES = frozenset({"rowwise", "delayed"})  # beyond one of each tensor and call
+LACKS = {
+    "rowwise": "has one scale for a tensor, where the recipe has one for each row",
+    "delayed": "has the scale of each call, where the recipe has that of the calls before",
+}
+
 KERNEL = Kernel(
     name="fp8_linear",
     reference=reference.fp8_linears,  # type: ignore[arg-type]  # several outputs
     implementations=(
         in_triton(
-            "automodel_accel.kernels.fp8_linear.casts_fused", archs=ARCHS
+            "automodel_accel.kernels.fp8_linear.casts_fused", features=SCALES, archs=ARCHS
         ),  # elsewhere the formats do not compile
         Implementation(
             name="torch",
             module="automodel_accel.kernels.fp8_linear.casts",
             devices=frozenset({"cuda", "xpu", "cpu", "mps"}),
             dtypes=DTYPES,
+            features=SCALES,
         ),
+        in_te("automodel_accel.kernels.fp8_linear.te", frozenset(), LACKS, archs=("sm_90",)),
     ),
 )
 DELAYED = Kernel(
@@ -59,7 +67,7 @@ DELAYED = Kernel(
     reference=KERNEL.reference,
     implementations=tuple(
         replace(one, module=f"automodel_accel.kernels.fp8_linear.{file}")
-        for one, file in zip(KERNEL.implementations, ("delayed_fused", "delayed"), strict=True)
+        for one, file in zip(KERNEL.implementations, ("delayed_fused", "delayed"), strict=False)
     ),
 )
 
@@ -90,6 +98,12 @@ class Recipe:
             )
 
 
+def features(recipe: Recipe) -> frozenset[str]:
+    """What a recipe asks for beyond one scale a tensor."""
+    asked = {"rowwise": recipe.rowwise, "delayed": recipe.delayed}
+    return frozenset(name for name, is_asked in asked.items() if is_asked)
+
+
 def fp8_linears(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
@@ -111,7 +125,7 @@ def fp8_linears(
         held: Where the cast of these weights is kept while they stay as they are; None: cast now, and again in backward.
         source: What x was computed from, to be saved in place of its cast; see `source_of`.
         histories: Of the calls of these linears, for delayed scaling; None: current scaling.
-        implementation: "auto", "triton" or "torch": what casts.
+        implementation: "auto", "triton", "torch" or "te": what casts.
 
     Returns:
         [..., F_i] for each weight, in x's dtype or autocast's.
@@ -124,10 +138,11 @@ def fp8_linears(
         return tuple(torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
     held = None if is_gathered(weights) else held
     kind = x.device.type
-    module, *delayed = (
-        implementation_module(kernel, kind, x.dtype, x.shape[-1], implementation) for kernel in (KERNEL, DELAYED)
-    )
-    scaling = _Delayed(delayed[0], histories) if recipe.delayed and histories is not None else None
+    module = implementation_module(KERNEL, kind, x.dtype, x.shape[-1], implementation, features(recipe))
+    scaling = None
+    if recipe.delayed and histories is not None:
+        casts = implementation_module(DELAYED, kind, x.dtype, x.shape[-1], implementation, features(recipe))
+        scaling = _Delayed(casts, histories)
     if not torch.is_autocast_enabled(kind):
         return _Fp8Linears.apply((module, recipe, held, source, scaling, x.dtype), x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
     dtype = torch.get_autocast_dtype(kind)

@@ -23,7 +23,14 @@ def test_dry_run_prints_every_part_within_the_time(tmp_path: Path) -> None:
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert all(line.startswith("timeout ") for line in lines)
-    parts = ("-m pytest -m gpu", " kernels --op linear", " kernels --op lora", "-m bench e2e", "-m bench.e2e.summary")
+    parts = (
+        "-m pytest -m gpu",
+        " kernels --op linear",
+        " kernels --op lora",
+        " kernels --op fp8",
+        "-m bench e2e",
+        "-m bench.e2e.summary",
+    )
     limits = [next(int(line.split()[1]) for line in lines if part in line) for part in parts]
     assert sum(limits) <= 9 * 60
     assert "Llama-3-8B --rows 2 --repetitions 1 --methods lora" in done.stdout
@@ -126,9 +133,9 @@ def test_summary_reads_the_rows_of_a_run_that_was_ended(tmp_path: Path) -> None:
 def test_tiny_run_from_end_to_end(tmp_path: Path) -> None:
     done = h100("--tiny", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "done").read_text().split() == ["tests", "kernels", "lora", "e2e", "table"]
+    assert (tmp_path / "done").read_text().split() == ["tests", "kernels", "lora", "fp8", "e2e", "table"]
     cases = {row["case"] for row in read(tmp_path)}
-    assert cases == {"rms_norm", "lora", "e2e"}
+    assert cases == {"rms_norm", "lora", "fp8", "e2e"}
     table = (tmp_path / "summary.md").read_text()
     assert "| rms_norm |" in table
     assert "tiny (2 layers), lora, padded rows" in table

@@ -37,7 +37,7 @@ def test_liger_computes_what_eager_computes(name: str, monkeypatch: pytest.Monke
 
 def test_a_library_is_imported_by_its_own_peer_alone() -> None:
     folder = Path(worker.__file__).parent
-    libraries = {"liger_kernel", "cut_cross_entropy", "quack", "transformer_engine", "unsloth", "flash_attn"}
+    libraries = {"liger_kernel", "cut_cross_entropy", "quack", "transformer_engine", "unsloth", "flash_attn", "torchao"}
     for path in folder.glob("*.py"):
         names = {name.split(".")[0] for name in _imported(path)}
         assert not names & libraries, path.name

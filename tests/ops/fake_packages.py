@@ -296,9 +296,33 @@ def _schema(operation: Any) -> str:
     return " ".join(one.name + ("=" if one.has_default_value() else "") for one in arguments)
 
 
+def _quantiser(names: Mapping[torch.dtype, str]) -> Callable[..., Any]:
+    """Transformer Engine's: values times the largest power of two that keeps them in range; 1 for zeros and what is not finite."""
+
+    def make(fp8_dtype: str, device: Any, *, rowwise: bool, columnwise: bool, force_pow_2_scales: bool) -> Any:
+        (dtype,) = (one for one, name in names.items() if name == fp8_dtype)
+        assert rowwise
+        assert force_pow_2_scales
+
+        def quantise(x: torch.Tensor) -> types.SimpleNamespace:
+            assert x.is_contiguous()
+            assert not columnwise or len(x) % 16 == 0
+            amax, most = x.float().abs().max(), torch.finfo(dtype).max
+            plain = bool(amax > 0) and bool(amax.isfinite())
+            scale = torch.exp2((most / amax).log2().floor()) if plain else torch.ones(())
+            data = (x.float() * scale).clamp(-most, most).to(dtype).view(torch.uint8)
+            turned = data.t().contiguous() if columnwise else None
+            return types.SimpleNamespace(_data=data, _transpose=turned, _scale_inv=(1 / scale).reshape(1))
+
+        return quantise
+
+    return make
+
+
 def transformer_engine() -> Mapping[str, Mapping[str, Any]]:
     """Transformer Engine 2.20.2."""
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    eights = {torch.float8_e4m3fn: "fp8e4m3", torch.float8_e5m2: "fp8e5m2"}
 
     def check(given: Given, *tensors: str) -> float:
         assert all(given[name].is_contiguous() for name in tensors)
@@ -374,7 +398,8 @@ def transformer_engine() -> Mapping[str, Mapping[str, Any]]:
     return {
         "transformer_engine": {},
         "transformer_engine.pytorch": {},
-        "transformer_engine.pytorch.constants": {"TE_DType": names},
+        "transformer_engine.pytorch.constants": {"TE_DType": names | eights},
+        "transformer_engine.pytorch.tensor": {"Float8CurrentScalingQuantizer": _quantiser(eights)},
         "transformer_engine.pytorch.triton": {},
         "transformer_engine.pytorch.triton.cross_entropy": losses,
         "transformer_engine_torch": extension,
