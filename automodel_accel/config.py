@@ -7,7 +7,7 @@ from automodel_accel.kernels.contract import AUTO, unknown_name
 
 RECOMPUTE = ("selective", "mlp", "full")
 OTHERS = ("recompute", "fp8", "fp8_layers", "strict", "implementation")  # settings that are no fusion
-FP8 = ("tensorwise", "rowwise", "tensorwise_e5m2")  # how values are rounded to 8 bits; kernels/fp8_linear
+FP8 = ("tensorwise", "rowwise", "tensorwise_e5m2", "delayed")  # how values are rounded to 8 bits; kernels/fp8_linear
 FP8_ENGINES = ("te",)  # which round in a way of their own
 
 
@@ -27,7 +27,8 @@ class AccelConfig:
         linear: Linears of one input in one node of autograd: "auto", "torch", False.
         quantised: LoRA around linears that bitsandbytes or transformers quantised: "auto", "torch", False.
         fp8: Products of 8-bit values in linears: False, "auto" (where it pays), "tensorwise" (one scale a tensor), "rowwise" (one a
-            row), "tensorwise_e5m2" (gradients in E5M2); the last three everywhere but in heads, routers and adapters.
+            row), "tensorwise_e5m2" (gradients in E5M2), "delayed" (tensorwise, by scales of the calls before); the last four
+            everywhere but in heads, routers and adapters.
         fp8_layers: Patterns of dotted names, such as "*.mlp.*": only these linears, whether they pay or not. Separated by commas, or
             a list.
         recompute: What is computed again in backward instead of kept: None (nothing), "selective" (outputs of norms and of

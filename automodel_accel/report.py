@@ -55,9 +55,11 @@ class Report:
         fused = [(f"{fusion}: by a kernel", str(number)) for fusion, number in self.counts.fused.items()]
         passed = [(f"{reason}: by the original", str(number)) for reason, number in self.counts.passed_on.items()]
         asked = ", ".join(f"{why} x{number}" for why, number in self.counts.materialised.items())
+        saturated = [("fp8: values saturated by a delayed scale", str(self.counts.saturated))]
         return [
             *fused,
             *passed,
+            *(saturated if self.counts.histories else []),
             ("materialised logits" + (f" ({asked})" if asked else ""), str(self.materialised_logits)),
         ]
 
@@ -78,6 +80,7 @@ class Report:
             "passed_on": dict(self.counts.passed_on),
             "materialised_logits": self.materialised_logits,
             "materialised_by": dict(self.counts.materialised),
+            "saturated": self.counts.saturated,
         }
 
     def to_json(self) -> str:

@@ -19,6 +19,7 @@ COLOURS = {
     "tensorwise": "#0072b2",
     "rowwise": "#d55e00",
     "tensorwise_e5m2": "#009e73",
+    "delayed": "#cc79a7",
     MOVED: "#000000",
 }
 BAND = "#dddddd"

@@ -15,6 +15,7 @@ from torch import nn
 
 from automodel_accel.kernels.contract import AUTO, Choice, Kernel, Refusal, Spec, choose
 from automodel_accel.kernels.facts import Facts
+from automodel_accel.kernels.fp8_linear.history import Histories
 from automodel_accel.kernels.fp8_linear.noted import Wish, noted
 from automodel_accel.kernels.room import left
 
@@ -144,6 +145,7 @@ class Counts:
         materialised: Times that real logits were built in a training step with labels, by the operation that asked.
         report: The report that shows them; every swapped class leads back to it.
         rooms: Width of an input of adapted linears -> columns to leave beside it.
+        histories: Of FP8 linears with delayed scaling, which know on the device how many values saturated.
         wishes: Width of an input of FP8 linears -> what to note of it.
     """
 
@@ -153,6 +155,12 @@ class Counts:
     report: object = None
     rooms: dict[int, int] = field(default_factory=dict)
     wishes: dict[int, Wish] = field(default_factory=dict)
+    histories: list[Histories] = field(default_factory=list)
+
+    @property
+    def saturated(self) -> int:
+        """Values past the range of their delayed scale; waits for the device."""
+        return sum(histories.saturated() for histories in self.histories)
 
     def beside(self, size: int) -> Beside:
         """What is asked of an output of that width: nothing where nothing trains, or in a graph of torch.compile."""

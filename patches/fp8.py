@@ -21,6 +21,7 @@ from torch import nn
 from automodel_accel.kernels.contract import AUTO, Refusal
 from automodel_accel.kernels.facts import Facts
 from automodel_accel.kernels.fp8_linear import KERNEL, MULTIPLE, Recipe, features, fp8_linears
+from automodel_accel.kernels.fp8_linear.history import Histories
 from automodel_accel.kernels.fp8_linear.noted import Wish
 from automodel_accel.kernels.fp8_linear.products import NATIVE, engine_on, is_fast
 from automodel_accel.kernels.fp8_linear.scaling import formats_here
@@ -46,10 +47,12 @@ from automodel_accel.patches.retype import MODEL, RESTORE, restore, retype
 
 WEIGHT = "_accel_weight"  # on a linear: the parameter that was there at `apply`
 HELD = "_accel_held"  # on a linear: the cast of its weights, and of those that it is computed with
+HISTORIES = "_accel_histories"  # on a linear: of its input, and of the gradients of those that it is computed with
 RECIPES: Mapping[str, Recipe] = {
     "tensorwise": Recipe(),
     "rowwise": Recipe(rowwise=True),
     "tensorwise_e5m2": Recipe(wide_gradients=True),
+    "delayed": Recipe(delayed=True),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -194,7 +197,12 @@ class Fp8Patch(LinearPatch):
 
 
 def _ask(form: Fp8Form, members: Sequence[Any], counts: Counts) -> None:
-    """Have the producers of these inputs note the largest value of each row, or where rows are all that is cast, their cast."""
+    """Have the producers of these inputs note the largest value of each row, or where rows are all that is cast, their cast.
+
+    Delayed scales need nothing of them.
+    """
+    if RECIPES[form.recipe].delayed:
+        return
     bases = [lora.base_of(member) for member in members]
     rows_alone = RECIPES[form.recipe].rowwise and not any(base.weight.requires_grad for base in bases)
     wish = Wish(formats_here().e4m3 if rows_alone else None)
@@ -225,7 +233,7 @@ def _member_forward(
             counts.count(counts.passed_on, f"fp8: not proved for {key}")
             return original(self, x)
         counts.count(counts.fused, Fp8Patch.fusion)
-        output, *rest = _outputs(members, x, recipe, recompute, implementation)
+        output, *rest = _outputs(members, x, recipe, recompute, implementation, counts)
         if shared is not None:
             shared.keep(members[1:], x, rest)
         return output
@@ -247,14 +255,16 @@ def _with_weight(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _outputs(
-    members: Sequence[Any], x: torch.Tensor, recipe: Recipe, recompute: bool, implementation: str
+    members: Sequence[Any], x: torch.Tensor, recipe: Recipe, recompute: bool, implementation: str, counts: Counts
 ) -> list[torch.Tensor]:
     """What each of them gives for x: the 8-bit product, and what its adapter adds."""
     bases = [lora.base_of(member) for member in members]
     source = source_of(x) if recompute else None
     held = base8.held(bases) or _held(members[0], bases)
     weights, biases = [base.weight for base in bases], [base.bias for base in bases]
-    outputs = list(fp8_linears(x, weights, biases, recipe, held=held, source=source, implementation=implementation))
+    histories = _histories(members[0], counts) if recipe.delayed else None
+    options: dict[str, Any] = {"held": held, "source": source, "histories": histories, "implementation": implementation}
+    outputs = list(fp8_linears(x, weights, biases, recipe, **options))
     if held is not None and base8.release(bases, held.cast):
         vars(members[0]).pop(HELD)
     adapted = [i for i, member in enumerate(members) if lora.is_adapted(member)]
@@ -264,6 +274,14 @@ def _outputs(
         for i, output in zip(adapted, added, strict=True):
             outputs[i] = output
     return outputs
+
+
+def _histories(member: Any, counts: Counts) -> Histories:
+    """Of the linears that are computed with this one; the report reads how many values saturated."""
+    if HISTORIES not in vars(member):
+        vars(member)[HISTORIES] = Histories()
+        counts.histories.append(vars(member)[HISTORIES])
+    return vars(member)[HISTORIES]  # type: ignore[no-any-return]
 
 
 def weights_of(claim: Claim, model: nn.Module) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
@@ -290,8 +308,13 @@ def _shared_outputs(
     names = tuple(map(str, range(len(members))))
     for member in members:
         retype(member, {"forward": _member_forward(type(member).forward, recipe, True, proven, counts)}, None)
+    if recipe.delayed:
+        vars(members[0])[HISTORIES] = proof.histories_of(x)
     with Sharing(dict(zip(names, members, strict=True)), (names,)):
-        return [member(x) for member in members]
+        outputs = [member(x) for member in members]
+    if recipe.delayed:
+        proof.follow(vars(members[0])[HISTORIES].gradients, outputs)
+    return outputs
 
 
 def _only_what_pays(context: Context) -> bool:

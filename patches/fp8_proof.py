@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from automodel_accel.kernels.fp8_linear import Recipe, reference
+from automodel_accel.kernels.fp8_linear.delayed import note
+from automodel_accel.kernels.fp8_linear.history import Histories, History
 from automodel_accel.kernels.fp8_linear.scaling import formats_here
 from automodel_accel.kernels.lora import Adapter, Form, draw_mask, generator_at, generator_state
 from automodel_accel.kernels.lora.reference import low_rank
@@ -67,6 +69,20 @@ def experiment(
         truth=definition,
         autocast=dtype,
     )
+
+
+def histories_of(x: torch.Tensor) -> Histories:
+    """As after a call with x: its scale is then twice that of the definition, in which all of its values are the same."""
+    histories = Histories()
+    note([x.detach()], histories.x)
+    return histories
+
+
+def follow(history: History, outputs: Sequence[torch.Tensor]) -> None:
+    """Have the history of their gradients hold these before they are cast."""
+    for output in outputs:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: note([gradient], history))  # type: ignore[no-untyped-call]
 
 
 def _defined(

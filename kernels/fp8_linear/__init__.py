@@ -7,7 +7,8 @@ q_W: the weights one below the other, q_g: the gradients side by side, so that d
 add one [N, H] for each. "tensorwise": one scale for each of x, the weights and the gradients. "rowwise": one for each row of x, of
 W and, in dx, of dy; one for each column of dy in dW. What a product sums over can have no scale of its own: there the scale of the
 other operand is a factor of dy before its cast (casts.py). So x and W are cast once, and dx and dW are exactly of what was
-multiplied in forward.
+multiplied in forward. Delayed scaling (delayed.py): tensorwise, with the scales of x and dy from the calls before (history.py), so
+that each is read once.
 
 FLOPs as the plain linears: 2 N H F forward, twice that backward. Bytes beyond the products' own, of a cast: read 2 for the largest
 value and 2 again, write 1, and 1 for its transpose, each an element. Saved for backward: q_x transposed (1 byte an element), only
@@ -19,7 +20,7 @@ gradients too).
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ import torch
 from automodel_accel.kernels.contract import AUTO, Implementation, Kernel, implementation_module, in_te, in_triton
 from automodel_accel.kernels.fp8_linear import noted, reference
 from automodel_accel.kernels.fp8_linear.casts import Cast
+from automodel_accel.kernels.fp8_linear.history import Histories
 from automodel_accel.kernels.fp8_linear.products import ARCHS, engine_on, product
 from automodel_accel.kernels.fp8_linear.scaling import formats_here
 from automodel_accel.kernels.fp8_linear.sharded import is_gathered, joined
@@ -37,24 +39,35 @@ MULTIPLE = 16  # of in_features and out_features: what the hardware multiplies
 FIRST = 2  # of the weights among the inputs
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
-ROWWISE = frozenset({"rowwise"})
-LACKS = {"rowwise": "has one scale for a tensor, where the recipe has one for each row"}
+SCALES = frozenset({"rowwise", "delayed"})  # beyond one of each tensor and call
+LACKS = {
+    "rowwise": "has one scale for a tensor, where the recipe has one for each row",
+    "delayed": "has the scale of each call, where the recipe has that of the calls before",
+}
 
 KERNEL = Kernel(
     name="fp8_linear",
     reference=reference.fp8_linears,  # type: ignore[arg-type]  # several outputs
     implementations=(
         in_triton(
-            "automodel_accel.kernels.fp8_linear.casts_fused", features=ROWWISE, archs=ARCHS
+            "automodel_accel.kernels.fp8_linear.casts_fused", features=SCALES, archs=ARCHS
         ),  # elsewhere the formats do not compile
         Implementation(
             name="torch",
             module="automodel_accel.kernels.fp8_linear.casts",
             devices=frozenset({"cuda", "xpu", "cpu", "mps"}),
             dtypes=DTYPES,
-            features=ROWWISE,
+            features=SCALES,
         ),
         in_te("automodel_accel.kernels.fp8_linear.te", frozenset(), LACKS, archs=("sm_90",)),
+    ),
+)
+DELAYED = Kernel(
+    name="fp8_linear_delayed",
+    reference=KERNEL.reference,
+    implementations=tuple(
+        replace(one, module=f"automodel_accel.kernels.fp8_linear.{file}")
+        for one, file in zip(KERNEL.implementations, ("delayed_fused", "delayed"), strict=False)
     ),
 )
 
@@ -67,16 +80,28 @@ class Recipe:
         rowwise: Whether each row has a scale of its own; else one serves the tensor.
         wide_gradients: Whether gradients are in E5M2 (2 bits of mantissa, a wider range) and not in E4M3.
         engine: "native" or "emulated" products; None: native where the machine has them.
+        delayed: Whether the scales of x and of the gradients are those of the calls before, where `histories` are given.
+
+    Raises:
+        ValueError: delayed scales of rows, which differ from call to call.
     """
 
     rowwise: bool = False
     wide_gradients: bool = False
     engine: str | None = None
+    delayed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rowwise and self.delayed:
+            raise ValueError(
+                "Recipe(rowwise=True, delayed=True): no call knows the rows of the next; expected one of them."
+            )
 
 
 def features(recipe: Recipe) -> frozenset[str]:
     """What a recipe asks for beyond one scale a tensor."""
-    return ROWWISE if recipe.rowwise else frozenset()
+    asked = {"rowwise": recipe.rowwise, "delayed": recipe.delayed}
+    return frozenset(name for name, is_asked in asked.items() if is_asked)
 
 
 def fp8_linears(
@@ -87,6 +112,7 @@ def fp8_linears(
     *,
     held: HeldCast | None = None,
     source: Source | None = None,
+    histories: Histories | None = None,
     implementation: str = AUTO,
 ) -> tuple[torch.Tensor, ...]:
     """`F.linear(x, weight, bias)` for each weight, by products of 8-bit values; obeys autocast as that does.
@@ -98,6 +124,7 @@ def fp8_linears(
         recipe: How values are rounded.
         held: Where the cast of these weights is kept while they stay as they are; None: cast now, and again in backward.
         source: What x was computed from, to be saved in place of its cast; see `source_of`.
+        histories: Of the calls of these linears, for delayed scaling; None: current scaling.
         implementation: "auto", "triton", "torch" or "te": what casts.
 
     Returns:
@@ -112,11 +139,15 @@ def fp8_linears(
     held = None if is_gathered(weights) else held
     kind = x.device.type
     module = implementation_module(KERNEL, kind, x.dtype, x.shape[-1], implementation, features(recipe))
+    scaling = None
+    if recipe.delayed and histories is not None:
+        casts = implementation_module(DELAYED, kind, x.dtype, x.shape[-1], implementation, features(recipe))
+        scaling = _Delayed(casts, histories)
     if not torch.is_autocast_enabled(kind):
-        return _Fp8Linears.apply((module, recipe, held, source, x.dtype), x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
+        return _Fp8Linears.apply((module, recipe, held, source, scaling, x.dtype), x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
     dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):  # which would round inside of emulated products
-        return _Fp8Linears.apply((module, recipe, held, source, dtype), x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
+        return _Fp8Linears.apply((module, recipe, held, source, scaling, dtype), x, *weights, *biases)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _check(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
@@ -140,17 +171,25 @@ def _check(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[to
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Delayed:
+    """What casts x and the gradients by scales of the calls before, and these calls."""
+
+    module: Any
+    histories: Histories
+
+
 class _Fp8Linears(torch.autograd.Function):
     """Not a registered operation: how many outputs it has varies, and torch.compile takes the plain linears."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        how: tuple[Any, Recipe, HeldCast | None, Source | None, torch.dtype],
+        how: tuple[Any, Recipe, HeldCast | None, Source | None, _Delayed | None, torch.dtype],
         x: torch.Tensor,
         *rest: Any,
     ) -> Any:
-        module, recipe, held, source, dtype = how
+        module, recipe, held, source, delayed, dtype = how
         weights, biases = halves(rest)
         needs_w = any(halves(ctx.needs_input_grad[FIRST:])[0])
         engine = recipe.engine or engine_on(x.device.type)
@@ -164,7 +203,13 @@ class _Fp8Linears(torch.autograd.Function):
             of_w = cast_weights(weights, False)
         else:
             of_w = held.of(weights, key, lambda: cast_weights(weights, needs_w))
-        of_x = _cast_of_input(x, cast, recipe, needs_w and source is None)
+        if delayed is None:
+            cast_x: Any = cast
+            of_x = _cast_of_input(x, cast, recipe, needs_w and source is None)
+        else:
+            cast_x = functools.partial(delayed.module.cast, dtype=formats_here().e4m3, history=delayed.histories.x)
+            of_x = cast_x([x.reshape(-1, x.shape[-1])], transposed=needs_w and source is None)
+            cast_x = functools.partial(cast_x, scale=of_x.scale)  # again in backward
         widths = [len(weight) for weight in weights]
         assert of_w.q is not None
         outputs = tuple(
@@ -175,7 +220,8 @@ class _Fp8Linears(torch.autograd.Function):
         ctx.save_for_backward(*(weights if held is None else ()), *kept)
         ctx.of_w, ctx.again = (of_w, None) if held is not None else (None, cast_weights)
         ctx.held = held
-        ctx.cast, ctx.module, ctx.recipe, ctx.engine, ctx.source = cast, module, recipe, engine, source
+        ctx.cast, ctx.module, ctx.recipe, ctx.engine, ctx.source = cast_x, module, recipe, engine, source
+        ctx.delayed = delayed
         ctx.widths, ctx.x_shape, ctx.x_dtype, ctx.dtype = widths, x.shape, x.dtype, dtype
         ctx.dtypes = [None if one is None else one.dtype for one in rest]
         return outputs
@@ -195,14 +241,7 @@ class _Fp8Linears(torch.autograd.Function):
         of_x = _cast_again(ctx, saved) if any(needs_w) else None
         of_w = None if not needs_x else ctx.again(weights, True) if ctx.again else ctx.of_w
         given = [grad.reshape(-1, grad.shape[-1]) for grad in grad_outputs]
-        formats = formats_here()
-        straight, turned = ctx.module.cast_gradients(
-            given,
-            formats.e5m2 if ctx.recipe.wide_gradients else formats.e4m3,
-            rowwise,
-            weight_scale=of_w and of_w.scale,
-            x_scale=of_x and of_x.scale,
-        )
+        straight, turned = _cast_gradients(ctx, given, of_w, of_x)
         grad_x: torch.Tensor | None = None
         grad_weights: list[torch.Tensor | None] = [None] * count
         if of_w is not None:
@@ -230,6 +269,17 @@ class _Fp8Linears(torch.autograd.Function):
 def halves(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     """Of the weights, and of the biases."""
     return values[: len(values) // 2], values[len(values) // 2 :]
+
+
+def _cast_gradients(ctx: Any, given: Sequence[torch.Tensor], of_w: Cast | None, of_x: Cast | None) -> tuple[Any, Any]:
+    formats = formats_here()
+    dtype = formats.e5m2 if ctx.recipe.wide_gradients else formats.e4m3
+    if ctx.delayed is None or (of_w is None and of_x is None):
+        scales = {"weight_scale": of_w and of_w.scale, "x_scale": of_x and of_x.scale}
+        return ctx.module.cast_gradients(given, dtype, ctx.recipe.rowwise, **scales)  # type: ignore[no-any-return]
+    asked = {"straight": of_w is not None, "transposed": of_x is not None}
+    both = ctx.delayed.module.cast(given, dtype, ctx.delayed.histories.gradients, **asked)
+    return both, both
 
 
 def _cast_of_input(x: torch.Tensor, cast: Any, recipe: Recipe, transposed: bool) -> Any:

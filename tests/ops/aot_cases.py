@@ -163,6 +163,7 @@ from tests.ops.aot_cases_add_rms_norm import ADD_RMS_NORM
 from tests.ops.aot_cases_cross_entropy import CROSS_ENTROPY
 from tests.ops.aot_cases_experts import EXPERTS_CASES
 from tests.ops.aot_cases_fp8 import FP8
+from tests.ops.aot_cases_fp8_delayed import FP8_DELAYED
 from tests.ops.aot_cases_gated_norm import GATED_NORM
 from tests.ops.aot_cases_layer_norm import LAYER_NORM
 from tests.ops.aot_cases_lora import LORA
@@ -173,6 +174,7 @@ CASES: dict[str, list[AotCase]] = {
     "activation": ACTIVATION,
     "cross_entropy": CROSS_ENTROPY,
     "experts": EXPERTS_CASES,
+    "fp8_delayed": FP8_DELAYED,
     "fp8_linear": FP8,
     "rms_norm": RMS_NORM,
     "add_rms_norm": ADD_RMS_NORM,

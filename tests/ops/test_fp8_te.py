@@ -32,7 +32,9 @@ def test_refused_where_it_is_not_installed_or_not_on_hopper_or_rowwise() -> None
     assert "this is sm_100" in str(te.objection(dataclasses.replace(HOPPER, arch="sm_100"), plain))
     rowwise = dataclasses.replace(plain, features=features(Recipe(rowwise=True)))
     assert "one for each row" in str(te.objection(HOPPER, rowwise))
-    assert fp8_linear.LACKS.keys() == rowwise.features
+    delayed = dataclasses.replace(plain, features=features(Recipe(delayed=True)))
+    assert "of the calls before" in str(te.objection(HOPPER, delayed))
+    assert fp8_linear.LACKS.keys() == rowwise.features | delayed.features
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without it")
