@@ -32,12 +32,12 @@ def _launches() -> Figures:
         f"llama / {way} / {name}": float(number) for way, found in counts.items() for name, number in found.items()
     }
     changes = {
-        "llama": of_ours,
         "llama, LoRA": layers.lora(0.0, of_ours),
         f"llama, LoRA with dropout {layers.DROPOUT}": layers.lora(layers.DROPOUT, of_ours),
         "llama, FP8 tensorwise": layers.ours(**layers.FP8, fp8="tensorwise"),
     }
-    return named | {f"{name} / all": _total(layers.launches(change)) for name, change in changes.items()}
+    totals = {"llama": counts} | {name: layers.launches(change) for name, change in changes.items()}
+    return named | {f"{name} / all": _total(found) for name, found in totals.items()}
 
 
 def _total(counts: Mapping[str, Counter[str]]) -> float:
