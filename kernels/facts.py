@@ -26,8 +26,11 @@ OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
         "flash-attn-4": "attention by FlashAttention-4, on Hopper and Blackwell",
         "liger-kernel": "norms and gated activations by Liger's Triton kernels",
         "bitsandbytes": "8-bit and 4-bit base models, as transformers loads them",
-        "datasets": "nothing yet; recipes will read datasets from the hub with it",
-        "wandb": "nothing yet; recipes will log to it",
+        "megatron-fsdp": 'parameters over GPUs by Megatron-FSDP: Mesh(strategy="megatron_fsdp")',
+        "datasets": "rows of a data set, from the hub or from files",
+        "wandb": "figures of a run at Weights & Biases",
+        "tensorboard": "figures of a run in TensorBoard",
+        "mlflow": "figures of a run in MLflow",
         "matplotlib": "loss curves as pictures",
     }
 )
@@ -83,6 +86,11 @@ def this_machine() -> Facts:
         triton_interpreter=os.environ.get("TRITON_INTERPRET", "") not in ("", "0"),
         packages=MappingProxyType(_installed(OPTIONAL_PACKAGES)),
     )
+
+
+def environment() -> Mapping[str, str]:
+    """The environment variables of this process, as they are now."""
+    return MappingProxyType(dict(os.environ))
 
 
 def _device_type() -> str:

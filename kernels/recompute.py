@@ -7,7 +7,7 @@ again when it needs it. Nothing is kept alive by the note: it goes when the outp
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,14 @@ def remember(output: torch.Tensor, function: Callable[..., torch.Tensor], *tenso
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     detached = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
     setattr(output, NOTE, Source(function, detached, output._version, autocast, region()))
+
+
+def carry(x: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+    """Note on `copy`, which has the values of `x`, what `x` was computed from; return it."""
+    source = source_of(x)
+    if copy is not x and source is not None:
+        setattr(copy, NOTE, replace(source, version=copy._version))
+    return copy
 
 
 def source_of(x: Any) -> Source | None:

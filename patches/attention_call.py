@@ -16,9 +16,9 @@ from automodel_accel.patches.contract import Counts
 from automodel_accel.patches.rebind import loaded_globals
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-_SDPA = F.scaled_dot_product_attention  # context parallelism exchanges it; the original call is then the right one
-_UNDERSTOOD = frozenset({"dropout", "scaling", "is_causal", "softcap", "s_aux", "position_ids", "cu_seq_lens_q"})
-_WITHOUT_EFFECT = frozenset(
+SDPA = F.scaled_dot_product_attention  # context parallelism exchanges it; the original call is then the right one
+UNDERSTOOD = frozenset({"dropout", "scaling", "is_causal", "softcap", "s_aux", "position_ids", "cu_seq_lens_q"})
+WITHOUT_EFFECT = frozenset(
     {
         *("sliding_window", "cache_position", "use_cache", "return_dict", "labels", "shift_labels", "logits_to_keep"),
         *("num_items_in_batch", "output_hidden_states", "output_router_logits", "cu_seq_lens_k", "max_length_q"),
@@ -69,15 +69,15 @@ class Dispatcher:
 
     def __init__(self, interface: Any, site: Site) -> None:
         self._interface = interface
-        self._site = site
+        self.site = site
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         """Ours around the function that the interface would have given; another choice of the user's as it is."""
         original = self._interface.get_interface(name, default)
-        if name != self._site.implementation:
-            self._site.counts.count(self._site.counts.passed_on, f"attention: the implementation is {name!r} now")
+        if name != self.site.implementation:
+            self.site.counts.count(self.site.counts.passed_on, f"attention: the implementation is {name!r} now")
             return _with_real_mask(original)
-        return served(original, self._site)
+        return served(original, self.site)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         return self.get_interface(name, self._interface[name])
@@ -162,11 +162,11 @@ def _objection(site: Site, tensors: tuple[torch.Tensor, ...], kwargs: Mapping[st
     if _weights_wanted(site):
         return "the attention weights are wanted"
     for name, given in kwargs.items():
-        if given is not None and name not in _UNDERSTOOD and name not in _WITHOUT_EFFECT and given is not False:
+        if given is not None and name not in UNDERSTOOD and name not in WITHOUT_EFFECT and given is not False:
             return f"the keyword {name!r}"
     if kwargs.get("dropout"):
         return "dropout"
-    if F.scaled_dot_product_attention is not _SDPA:
+    if F.scaled_dot_product_attention is not SDPA:
         return "torch's own attention was exchanged, as context parallelism does"
     if any(type(x) is not torch.Tensor or x.dim() != 4 or x.dtype != query.dtype for x in tensors):
         return f"tensors that are not plain, or of several dtypes ({type(query).__name__}, {query.dtype})"

@@ -9,18 +9,23 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
 from automodel_accel.patches.contract import Counts
-from automodel_accel.patches.rebind import loaded_globals, rebind
+from automodel_accel.patches.rebind import loaded_globals, named_in, rebind_within
 
 SERVED = ("sdpa", "eager")
 MASK_MAKERS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
 _READ = frozenset({"config", "inputs_embeds", "input_embeds", "attention_mask", "past_key_values", "position_ids"})
+_TOKENS = frozenset({"input_ids", "inputs_embeds", "labels", "shift_labels", "num_items_in_batch"})
 _WITHOUT_EFFECT = frozenset({"layer_idx", "cache_position"})  # on the mask of a row that nothing was cached before
+
+
+_COUNTS: ContextVar[Any] = ContextVar("method that counts positions", default=None)  # while it runs on tokens alone
 
 
 class LazyMask:
@@ -131,10 +136,14 @@ def real(value: Any) -> Any:
 
 
 class Documents:
-    """Document numbers of packed rows, from position ids; worked out once for all layers that get the same tensor."""
+    """Document numbers of packed rows, from position ids; worked out once for all layers that get the same tensor.
+
+    Positions that a model counts itself, as it was given tokens alone, depend on their number: they are looked at once.
+    """
 
     def __init__(self) -> None:
         self._last: dict[bool, tuple[Any, int, torch.Tensor | None]] = {}
+        self._counted: dict[tuple[Any, ...], torch.Tensor | None] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Documents":
         return Documents()
@@ -151,9 +160,18 @@ class Documents:
             return _numbers(position_ids, strict)
         at, version, found = self._last.get(strict, (lambda: None, 0, None))
         if at() is not position_ids or version != position_ids._version:
-            found = _numbers(position_ids, strict)
+            found = self._of_new(position_ids, strict)
             self._last[strict] = weakref.ref(position_ids), position_ids._version, found
         return found
+
+    def _of_new(self, position_ids: torch.Tensor, strict: bool) -> torch.Tensor | None:
+        counter = _COUNTS.get()
+        if counter is None:
+            return _numbers(position_ids, strict)
+        key = counter, position_ids.shape, position_ids.device, strict
+        if key not in self._counted:
+            self._counted[key] = _numbers(position_ids, strict)
+        return self._counted[key]
 
 
 def _numbers(position_ids: torch.Tensor, strict: bool) -> torch.Tensor | None:
@@ -192,31 +210,43 @@ def looks_at_types(module_class: type) -> bool:
 
 def with_lazy_masks(method: types.FunctionType, documents: Documents, counts: Counts) -> types.FunctionType:
     """The method, under all its decorators, with mask functions that answer with lazy masks."""
+    changed = with_mask_functions(method, lambda name, original: lazy_maker(original, documents, counts))
+    return _telling_of_counts(changed) if {"arange"} == named_in(method) & {"arange", "cumsum"} else changed
+
+
+def _telling_of_counts(method: types.FunctionType) -> types.FunctionType:
+    """The method of a model that counts positions from 0 on where it was given none, which says so while it runs."""
+    names = tuple(inspect.signature(method).parameters)
+
+    @functools.wraps(method)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+        tensors = {name for name, value in given.items() if isinstance(value, torch.Tensor)}
+        empty = _is_empty(given.get("past_key_values"))
+        if torch.compiler.is_compiling() or not empty or not tensors or not tensors <= _TOKENS:
+            return method(*args, **kwargs)
+        before = _COUNTS.set(innermost)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            _COUNTS.reset(before)
+
+    innermost = inspect.unwrap(method).__code__
+    return forward  # type: ignore[return-value]
+
+
+def with_mask_functions(
+    method: types.FunctionType, exchanged: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+) -> types.FunctionType:
+    """The method, under all its decorators, with `exchanged(name, mask function)` for each mask function that it calls."""
     innermost = inspect.unwrap(method)
     makers = loaded_globals(innermost).intersection(MASK_MAKERS)
     replacements = {
-        name: lazy_maker(innermost.__globals__[name], documents, counts)
+        name: exchanged(name, innermost.__globals__[name])
         for name in makers
         if isinstance(innermost.__globals__.get(name), types.FunctionType)
     }
-    changed: types.FunctionType = _redecorated(method, innermost, rebind(innermost, replacements))
-    return changed
-
-
-def _redecorated(method: Any, innermost: Any, replacement: types.FunctionType) -> Any:
-    """`method` with `innermost` exchanged wherever its decorators hold it."""
-    if method is innermost:
-        return replacement
-    if not isinstance(method, types.FunctionType) or not method.__closure__:
-        return method
-    cells = [types.CellType(_redecorated(cell.cell_contents, innermost, replacement)) for cell in method.__closure__]
-    if all(new.cell_contents is old.cell_contents for new, old in zip(cells, method.__closure__, strict=True)):
-        return method
-    copy = types.FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, tuple(cells))
-    copy.__kwdefaults__ = method.__kwdefaults__
-    functools.update_wrapper(copy, method)
-    copy.__wrapped__ = _redecorated(method.__wrapped__, innermost, replacement)  # type: ignore[attr-defined]
-    return copy
+    return rebind_within(method, replacements)
 
 
 def lazy_maker(original: Callable[..., Any], documents: Documents, counts: Counts) -> Callable[..., Any]:

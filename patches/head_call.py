@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from automodel_accel.patches.contract import Counts, Proven
+from automodel_accel.patches.vocab import own_rows, vocab_shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,10 @@ class Summand:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the weight is here to be read: no shard, not offloaded."""
-        weight = self.linear.weight
+        """Whether the weight is here to be read, or all rows of it that are this rank's: not FSDP2's shard, not offloaded."""
+        weight, shard = self.linear.weight, vocab_shard(self.linear)
+        if shard is not None:
+            return bool(own_rows(weight, self.linear, shard).shape[0] == shard.stop - shard.start)
         return type(weight) in (nn.Parameter, torch.Tensor) and weight.numel() > 0
 
 
@@ -120,8 +123,15 @@ class HeadCall:
     versions: list[tuple[Any, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        used = [summand.linear.weight for summand in self.summands] + ([] if self.row is None else [self.row])
-        self.versions = [] if torch.compiler.is_compiling() else [(tensor, tensor._version) for tensor in used]
+        self.note_versions()
+
+    def note_versions(self) -> None:
+        """Note what the head is made of; again outside of its call, where weights that are plain only inside are DTensors."""
+        if not torch.compiler.is_compiling():
+            self.versions.extend((tensor, tensor._version) for tensor in self._made_of())
+
+    def _made_of(self) -> list[torch.Tensor]:
+        return [summand.linear.weight for summand in self.summands] + ([] if self.row is None else [self.row])
 
     def plus(self, summand: Summand, device: torch.device) -> "HeadCall | None":
         """The call with one product more, or None where the loss of such a sum is not proved."""
@@ -136,8 +146,8 @@ class HeadCall:
     def logits(self, hiddens: Sequence[torch.Tensor], recipe: Recipe, why: str) -> torch.Tensor:
         """The real logits, with their autograd graph; `why` is counted."""
         self.counts.count(self.counts.materialised, why)
-        now = [summand.linear.weight for summand in self.summands] + ([] if self.row is None else [self.row])
-        if any(tensor is used and used._version != was for tensor, (used, was) in zip(now, self.versions)):
+        now = self._made_of()
+        if any(tensor is used and used._version != was for tensor in now for used, was in self.versions):
             raise RuntimeError(
                 f"logits of a training step are built when they are read ({why}), but the output head has changed since that "
                 "step; read outputs.logits before optimizer.step(), or keep them always with apply(model, loss=False)."

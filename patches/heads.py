@@ -101,7 +101,7 @@ def objection(path: str, linear: nn.Module) -> Refusal | None:
         return Refusal(
             place,
             "the head's weight is a DTensor: sharded",
-            f"{LOGITS_STAY}; apply before fully_shard to fuse it (one that is tensor-parallel stays)",
+            f"{LOGITS_STAY}; apply before fully_shard, and before a head is cut, to fuse it",
         )
     if type(weight) not in (nn.Parameter, torch.Tensor):
         return Refusal(place, f"the head's weight is a {type(weight).__name__}: quantised", LOGITS_STAY)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 from automodel_accel.patches.head_call import HeadCall, LossRequest, Recipe, call_head
+from automodel_accel.patches.vocab import vocab_length
 
 
 class LazyLogits:
@@ -159,7 +160,7 @@ class LazyLogits:
     def _is_sum(self, scaled: bool = False) -> bool:
         """Whether this is what the head gave, or a sum with it, and nothing came after that but, if `scaled`, a factor."""
         recipe = self._recipe
-        whole = recipe.vocab == self._call.summands[0].linear.out_features
+        whole = recipe.vocab == vocab_length(self._call.summands[0].linear)
         uncast = recipe.dtype == (recipe.summed_in or recipe.computed_in)
         return self._real is None and whole and uncast and not recipe.tanh and (scaled or recipe.scale == 1.0)
 
@@ -296,6 +297,7 @@ class LazyLogits:
         request = LossRequest(self._recipe, target, ignore_index, reduction, smoothing, low_rank, self._call.row)
         loss: torch.Tensor = call_head(head.linear, self._hidden, request)
         self._call.loss_taken = True
+        self._call.note_versions()
         # autocast computes cross_entropy in float32; otherwise it has the dtype of the logits
         return loss.float() if torch.is_autocast_enabled(self.device.type) else loss.to(self.dtype)
 

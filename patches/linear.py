@@ -107,7 +107,7 @@ class LinearPatch:
         if code is None:
             return ()
         if code not in self._groups:
-            self._groups[code] = tuple(_shared_inputs(code))
+            self._groups[code] = tuple(shared_inputs(code))
         return self._groups[code]
 
     def _claim(
@@ -329,7 +329,7 @@ def _call_key(linear: Any, x: torch.Tensor) -> CallKey:
     return x.device.type, x.dtype, weight.dtype, autocast, low
 
 
-def _shared_inputs(code: CodeType) -> Iterator[tuple[str, ...]]:
+def shared_inputs(code: CodeType) -> Iterator[tuple[str, ...]]:
     """Names of children that the code calls with one local variable, and nothing else, while that has one value."""
     own = code.co_varnames[0] if code.co_argcount else None
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("PUSH_NULL", "CACHE", "PRECALL")]

@@ -39,21 +39,23 @@ class Way:
     Attributes:
         dropout: Of the adapters.
         noted: From an input with a source.
-        wide: Of frozen weights with columns beside them, from an input with room.
+        frozen: Of weights that do not train.
+        wide: Of weights with columns beside them, from an input with room.
     """
 
     dropout: float
     noted: bool = False
+    frozen: bool = False
     wide: bool = False
 
 
-PLAIN, NOTED, WIDE = Way(0.0), Way(0.5, noted=True), Way(0.5, wide=True)
+PLAIN, NOTED, WIDE = Way(0.0), Way(0.5, noted=True), Way(0.5, frozen=True, wide=True)
 
 
 def experiment(form: Any, layers: Sequence[Any], key: CallKey, implementation: str, swapped: Swapped) -> Experiment:
     """The linears `layers` (those of the form's groups in order, or one alone) by one implementation."""
-    device, x_type, weight_type, autocast, low = key
-    inputs = {name: tensor.to(device) for name, tensor in _draw(form, low is not None).items()}
+    device, x_type, _, autocast, low = key
+    inputs = {name: tensor.to(device) for name, tensor in draw_leaves(form, low is not None, SIZES).items()}
     numbers, state = inputs["x"].device, generator_state(inputs["x"].device)
     in_triton = implementation == TRITON and low is not None and (autocast or low is x_type)
     ways = (PLAIN, NOTED, WIDE) if in_triton and weight_is_computed(key) else (PLAIN, NOTED)
@@ -65,7 +67,7 @@ def experiment(form: Any, layers: Sequence[Any], key: CallKey, implementation: s
                 dropouts = [
                     nn.Dropout(way.dropout) if mask is None else lora.Given(mask, way.dropout) for mask in masks
                 ]
-                outputs += [member(leaves["x"]) for member in _members(form, layers, leaves, way, dropouts)]
+                outputs += [member(leaves["x"]) for member in members_of(form, layers, leaves, way, dropouts)]
             return total(outputs)
 
     def ours(leaves: Leaves) -> torch.Tensor:
@@ -77,11 +79,11 @@ def experiment(form: Any, layers: Sequence[Any], key: CallKey, implementation: s
         return total(outputs)
 
     def run(way: Way, leaves: Leaves, counts: Counts) -> list[torch.Tensor]:
-        members = _members(form, layers, leaves, way, [nn.Dropout(way.dropout)] * len(form.biases))
+        members = members_of(form, layers, leaves, way, [nn.Dropout(way.dropout)] * len(form.biases))
         adapted = [member for member in members if lora.is_adapted(member)]
         for member in adapted if way.wide else ():
             columns.allow(member, None)
-        outputs = swapped(members, _input(leaves["x"], way), {key: implementation}, counts)
+        outputs = swapped(members, input_of(leaves["x"], way), {key: implementation}, counts)
         if way.wide and not all(columns.has_columns(member) for member in adapted):
             raise RuntimeError("the swapped linears have no columns for their adapters")
         return outputs
@@ -91,8 +93,8 @@ def experiment(form: Any, layers: Sequence[Any], key: CallKey, implementation: s
         drawn = _masks(form, ways, key, in_triton, leaves["x"].detach(), state)
         with generator_at(state, numbers):
             for way, given in zip(ways, drawn, strict=True):
-                weights, biases = _parameters(form, leaves, way)
-                adapters = [_adapter(leaves, i, way.dropout) for i in range(len(form.biases))]
+                weights, biases = parameters_of(form, leaves, way)
+                adapters = [adapter_of(leaves, i, way.dropout) for i in range(len(form.biases))]
                 masks = [
                     draw_mask(leaves["x"].to(low), way.dropout) if adapter and mask is None else mask
                     for adapter, mask in zip(adapters, given, strict=True)
@@ -100,15 +102,27 @@ def experiment(form: Any, layers: Sequence[Any], key: CallKey, implementation: s
                 outputs += reference.linears(leaves["x"], weights, biases, adapters=adapters, masks=masks)
         return total(outputs)
 
-    dtypes = {name: low if name[0] in "ab" and name[1:].isdigit() else weight_type for name in inputs}
     return Experiment(
         inputs=inputs,
-        dtypes={**dtypes, "x": x_type},
+        dtypes=dtypes_of(inputs, key),
         theirs=theirs,
         ours=ours,
         truth=truth,
-        autocast=(x_type if x_type in LOW_PRECISION else torch.bfloat16) if autocast else None,
+        autocast=autocast_of(key),
     )
+
+
+def dtypes_of(inputs: Leaves, key: CallKey) -> dict[str, torch.dtype]:
+    """Of the input, of the linears' tensors and of the adapters'."""
+    _, x_type, weight_type, _, low = key
+    dtypes = {name: low if name[0] in "ab" and name[1:].isdigit() else weight_type for name in inputs}
+    return {**dtypes, "x": x_type}
+
+
+def autocast_of(key: CallKey) -> torch.dtype | None:
+    """Dtype of the autocast region around a call, or None."""
+    _, x_type, _, autocast, _ = key
+    return (x_type if x_type in LOW_PRECISION else torch.bfloat16) if autocast else None
 
 
 def weight_is_computed(key: CallKey) -> bool:
@@ -149,32 +163,35 @@ def total(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     return (joined * weights).sum(dtype=torch.promote_types(joined.dtype, torch.float32)).to(joined.dtype)
 
 
-def _draw(form: Any, adapters: bool) -> dict[str, torch.Tensor]:
+def draw_leaves(form: Any, adapters: bool, sizes: Sequence[int], x_steps: int = 1) -> dict[str, torch.Tensor]:
+    """The input, in so many steps of a power of 2 up or down, and the tensors of linears of these sizes, by name."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, most: float = 1.0, steps: int = 1) -> torch.Tensor:
         return torch.randint(-steps, steps + 1, shape, generator=generator, dtype=torch.float64) * (most / steps)
 
-    drawn = {"x": draw(2, 3, SIZES[0])}
+    step = 2.0 ** -(x_steps - 1).bit_length()
+    drawn = {"x": draw(2, 3, sizes[0], most=x_steps * step, steps=x_steps)}
     for i, (has_bias, adapted) in enumerate(zip(form.biases, form.adapted, strict=True)):
-        width = SIZES[1 + i % (len(SIZES) - 1)]
-        drawn[f"weight{i}"] = draw(width, SIZES[0], most=0.5, steps=2)
+        width = sizes[1 + i % (len(sizes) - 1)]
+        drawn[f"weight{i}"] = draw(width, sizes[0], most=0.5, steps=2)
         if has_bias:
             drawn[f"bias{i}"] = draw(width, steps=2)
         if adapters and adapted:
-            drawn[f"a{i}"], drawn[f"b{i}"] = draw(RANK, SIZES[0]), draw(width, RANK, most=0.5)
+            drawn[f"a{i}"], drawn[f"b{i}"] = draw(RANK, sizes[0]), draw(width, RANK, most=0.5)
     return drawn
 
 
-def _parameters(form: Any, leaves: Leaves, way: Way) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+def parameters_of(form: Any, leaves: Leaves, way: Way) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """The weights and the biases."""
     numbers = range(len(form.biases))
     weights = [leaves[f"weight{i}"] for i in numbers]
-    if way.wide:
+    if way.frozen:
         weights = [nn.Parameter(weight.detach().clone(), requires_grad=False) for weight in weights]
     return weights, [leaves.get(f"bias{i}") for i in numbers]
 
 
-def _input(x: torch.Tensor, way: Way) -> torch.Tensor:
+def input_of(x: torch.Tensor, way: Way) -> torch.Tensor:
     """x, or the same values with what the way asks for noted on them."""
     if way.noted:
         x = x * 1
@@ -185,15 +202,16 @@ def _input(x: torch.Tensor, way: Way) -> torch.Tensor:
     return x
 
 
-def _adapter(leaves: Leaves, i: int, dropout: float) -> Adapter | None:
+def adapter_of(leaves: Leaves, i: int, dropout: float) -> Adapter | None:
+    """That of one linear, or None."""
     return Adapter(leaves[f"a{i}"], leaves[f"b{i}"], Form(SCALE, dropout)) if f"a{i}" in leaves else None
 
 
-def _members(
+def members_of(
     form: Any, layers: Sequence[Any], leaves: Leaves, way: Way, dropouts: Sequence[nn.Module]
 ) -> list[nn.Module]:
     """Linears with these tensors, and around them the class of each layer that is adapted, where there are adapters."""
-    bases = [linear_of(weight, bias) for weight, bias in zip(*_parameters(form, leaves, way), strict=True)]
+    bases = [linear_of(weight, bias) for weight, bias in zip(*parameters_of(form, leaves, way), strict=True)]
     return [
         lora.example(layer, base, leaves[f"a{i}"], leaves[f"b{i}"], dropouts[i], SCALE) if f"a{i}" in leaves else base
         for i, (layer, base) in enumerate(zip(layers, bases, strict=True))

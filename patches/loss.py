@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from automodel_accel.kernels.collectives import copy_to
 from automodel_accel.kernels.contract import Refusal
 from automodel_accel.kernels.linear_cross_entropy import KERNEL, linear_cross_entropy
 from automodel_accel.patches.contract import CallKey, Claim, Context, Counts, Experiment, Proven
@@ -38,6 +39,7 @@ from automodel_accel.patches.lazy_logits import LazyLogits
 from automodel_accel.patches.probe import functional_copy
 from automodel_accel.patches.rebind import named_in
 from automodel_accel.patches.retype import MODEL, changed_by_accelerator, forward_replaced, has_backward_hooks, retype
+from automodel_accel.patches.vocab import VocabShard, own_rows, parallel_logits, prefix, vocab_length, vocab_shard
 
 PROBE_HIDDEN = 8
 PROBE_TOKENS = 5
@@ -289,67 +291,74 @@ def _head_forward(original: Callable[..., Any], proven: Proven, counts: Counts) 
         if isinstance(request, LossRequest):
             return _loss(self, input, request, proven, counts)
         if request is not None or not getattr(self, FLAG, 0):
-            return original(self, input)
+            return parallel_logits(original, self, input)
         setattr(self, FLAG, ASKED)
         if not _can_wait(self, input):
-            return original(self, input)
+            return parallel_logits(original, self, input)
         if has_backward_hooks(self):
             counts.count(counts.passed_on, "loss: the head has backward hooks, which need logits")
-            return original(self, input)
+            return parallel_logits(original, self, input)
         if is_dropped_with_others(self):
             counts.count(
                 counts.passed_on, "loss: FSDP2 drops the head's weight together with other modules'; shard it alone"
             )
-            return original(self, input)
+            return parallel_logits(original, self, input)
         autocast = torch.is_autocast_enabled(input.device.type)
         dtype = torch.get_autocast_dtype(input.device.type) if autocast else input.dtype
         if (input.device.type, dtype) not in proven:
             counts.count(counts.passed_on, f"loss: not proved for {(input.device.type, dtype)}")
-            return original(self, input)
+            return parallel_logits(original, self, input)
         call = HeadCall((Summand(self, dtype),), counts, proven, autocast)
-        return LazyLogits((input,), call, Recipe(dtype=dtype, computed_in=dtype, vocab=self.out_features))
+        return LazyLogits((input,), call, Recipe(dtype=dtype, computed_in=dtype, vocab=vocab_length(self)))
 
     return forward
 
 
 def _loss(head: nn.Linear, hidden: torch.Tensor, request: LossRequest, proven: Proven, counts: Counts) -> torch.Tensor:
     recipe, dtype = request.recipe, request.recipe.computed_in
-    weight, bias = head.weight[: recipe.vocab], _bias(head, request)
-    lora_x, lora_b = _low_rank(request)
+    shard = vocab_shard(head)
+    group = None if shard is None else shard.group
+    counted = None if shard is None else prefix(shard, recipe.vocab)
+    vocab = recipe.vocab if counted is None else counted.stop - counted.start
+    weight, bias = head.weight[:vocab], _bias(head, request, shard)
+    lora_x, lora_b = _low_rank(request, shard)
     counts.count(counts.fused, "loss")
     return linear_cross_entropy(
-        hidden.to(dtype),
+        copy_to(hidden.to(dtype), group),
         weight.to(dtype),
         request.target,
-        bias=None if bias is None else bias[: recipe.vocab].to(dtype),
-        lora_x=lora_x,
-        lora_b=None if lora_b is None else lora_b[: recipe.vocab],
+        bias=None if bias is None else bias[:vocab].to(dtype),
+        lora_x=None if lora_x is None else copy_to(lora_x, group),
+        lora_b=None if lora_b is None else lora_b[:vocab],
         # after * tanh(scale * z) = softcap * tanh(scale * softcap * z / softcap)
         scale=recipe.scale * recipe.after if recipe.tanh else recipe.scale,
         softcap=abs(recipe.after) if recipe.tanh else None,
         ignore_index=request.ignore_index,
         label_smoothing=request.label_smoothing,
         reduction=request.reduction,
+        shard=counted,
         implementation=proven[hidden.device.type, dtype],
     )
 
 
-def _bias(head: nn.Linear, request: LossRequest) -> torch.Tensor | None:
+def _bias(head: nn.Linear, request: LossRequest, shard: VocabShard | None) -> torch.Tensor | None:
     """All that is the same for every token: biases of the head and of its adapters, and the model's own row."""
     rows: list[torch.Tensor] = [] if head.bias is None else [head.bias]
-    rows += [low.linear.bias * low.factor for low, _ in request.low_rank if low.linear.bias is not None]
-    rows += [] if request.row is None else [request.row]
+    for low, _ in request.low_rank:
+        if low.linear.bias is not None:
+            rows.append(own_rows(low.linear.bias, low.linear, shard) * low.factor)
+    rows += [] if request.row is None else [own_rows(request.row, None, shard)]
     return functools.reduce(torch.add, rows) if rows else None
 
 
-def _low_rank(request: LossRequest) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _low_rank(request: LossRequest, shard: VocabShard | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The low-rank term; several adapters are one of the sum of their ranks."""
     if not request.low_rank:
         return None, None
     head = Summand(None, request.recipe.computed_in)
     dtype = widest([head, *(low for low, _ in request.low_rank)])
     x = [hidden.to(dtype) * low.factor for low, hidden in request.low_rank]
-    b = [low.linear.weight.to(dtype) for low, _ in request.low_rank]
+    b = [own_rows(low.linear.weight, low.linear, shard).to(dtype) for low, _ in request.low_rank]
     return (x[0], b[0]) if len(x) == 1 else (torch.cat(x, -1), torch.cat(b, -1))
 
 

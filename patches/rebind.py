@@ -5,6 +5,7 @@ with the replacements among them: a global that is exchanged in the module later
 """
 
 import dis
+import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -57,6 +58,29 @@ def rebind(function: types.FunctionType, replacements: Mapping[str, Any]) -> typ
     copy.__annotations__ = function.__annotations__
     copy.__qualname__, copy.__module__, copy.__doc__ = function.__qualname__, function.__module__, function.__doc__
     vars(copy).update(vars(function))
+    return copy
+
+
+def rebind_within(method: types.FunctionType, replacements: Mapping[str, Any]) -> types.FunctionType:
+    """`rebind` of the function that a method's decorators were put around, under copies of the decorators."""
+    innermost = inspect.unwrap(method)
+    changed: types.FunctionType = _redecorated(method, innermost, rebind(innermost, replacements))
+    return changed
+
+
+def _redecorated(method: Any, innermost: Any, replacement: types.FunctionType) -> Any:
+    """`method` with `innermost` exchanged wherever its decorators hold it."""
+    if method is innermost:
+        return replacement
+    if not isinstance(method, types.FunctionType) or not method.__closure__:
+        return method
+    cells = [types.CellType(_redecorated(cell.cell_contents, innermost, replacement)) for cell in method.__closure__]
+    if all(new.cell_contents is old.cell_contents for new, old in zip(cells, method.__closure__, strict=True)):
+        return method
+    copy = types.FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, tuple(cells))
+    copy.__kwdefaults__ = method.__kwdefaults__
+    functools.update_wrapper(copy, method)
+    copy.__wrapped__ = _redecorated(method.__wrapped__, innermost, replacement)  # type: ignore[attr-defined]
     return copy
 
 

@@ -20,6 +20,21 @@ RESTORE = "_accel_restore"  # a method that undoes what a swap did beside
 BEFORE_COPY = "_accel_before_copy"  # a method to be called before the instance is copied or pickled
 
 
+class Retyped(type):
+    """Of the classes that `retype` makes: whoever asks for instances of one means those of the class it was made from.
+
+    accelerate takes the class of the first layer, and shards what is an instance of it.
+    """
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        base = vars(cls).get("_accel_base")
+        if base is None:  # a wrapper's own class, derived from ours
+            return super().__instancecheck__(instance)
+        while "_accel_base" in vars(base):
+            base = vars(base)["_accel_base"]
+        return isinstance(instance, base)
+
+
 def retype(module: nn.Module, methods: Mapping[str, Callable[..., Any]], owner: object) -> None:
     """Give `module` a subclass of its class with these methods; `owner` (the report) can be found from it again.
 
@@ -35,7 +50,16 @@ def retype(module: nn.Module, methods: Mapping[str, Callable[..., Any]], owner: 
         **_copying(original_class(module)),
         **methods,
     }
-    module.__class__ = type(base.__name__, (base,), members)
+    kind: Any = type(base)
+    module.__class__ = _metaclass_for(kind)(base.__name__, (base,), members)
+
+
+@functools.cache
+def _metaclass_for(kind: Any) -> Any:
+    """`Retyped`, together with the metaclass that a module's class has of its own."""
+    if issubclass(kind, Retyped) or kind is type:
+        return kind if kind is not type else Retyped
+    return type("Retyped", (Retyped, kind), {})
 
 
 def is_retyped(module: nn.Module) -> bool:

@@ -6,9 +6,12 @@ above it, 0 and V for a row that is ignored. Two numbers, because their lse woul
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from automodel_accel.kernels.cross_entropy.shards import ShardedRows
+from automodel_accel.kernels.linear_cross_entropy import eager
 from automodel_accel.kernels.linear_cross_entropy.eager import (
     CPU_BLOCK_BYTES,
     GPU_BLOCK_BYTES,
@@ -16,6 +19,7 @@ from automodel_accel.kernels.linear_cross_entropy.eager import (
     differentiate_,
     softmax_,
 )
+from automodel_accel.kernels.linear_cross_entropy.shard import Sharded
 
 
 def forward(
@@ -65,6 +69,11 @@ def backward(
         differentiate_(z, target_N[rows][:, None].masked_fill(ignored, 0), weight, smoothing, slope)
         grad_NV[rows] = z
     return grad_NV
+
+
+def sharded(group: Any, start: int, vocab: int) -> ShardedRows:
+    """The same two functions where this rank has the classes from `start` on of `vocab`, and the group's others the rest."""
+    return ShardedRows(Sharded(eager, group, start, vocab))
 
 
 def _blocks(logits_NV: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:

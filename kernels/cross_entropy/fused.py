@@ -6,12 +6,17 @@ a row is that of linear_cross_entropy (softmax_of_row, differentiate). Words are
 Shapes as in eager.py.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from automodel_accel.kernels.cross_entropy.shards import ShardedRows
 from automodel_accel.kernels.launch import cdiv, next_power_of_2
+from automodel_accel.kernels.linear_cross_entropy import fused
 from automodel_accel.kernels.linear_cross_entropy.fused import MAX_BLOCK, differentiate, softmax_of_row
+from automodel_accel.kernels.linear_cross_entropy.shard import Sharded
 
 WARPS = 8
 
@@ -186,6 +191,11 @@ def backward(
         enable_fp_fusion=True,
     )
     return grad_NV
+
+
+def sharded(group: Any, start: int, vocab: int) -> ShardedRows:
+    """The same two functions where this rank has the classes from `start` on of `vocab`, and the group's others the rest."""
+    return ShardedRows(Sharded(fused, group, start, vocab))
 
 
 def _block(n_cols: int) -> int:

@@ -21,6 +21,7 @@ Hsu et al., "Liger Kernel", 2024 (gradients in the forward pass); Hu et al., "Lo
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from automodel_accel.kernels.contract import AUTO, Kernel, implementation_module, in_torch, in_triton
 from automodel_accel.kernels.linear_cross_entropy import reference
@@ -32,6 +33,7 @@ from automodel_accel.kernels.linear_cross_entropy.chunks import (
     empty_gradients,
     loss_and_gradients,
 )
+from automodel_accel.kernels.linear_cross_entropy.shard import VocabShard
 from automodel_accel.kernels.registration import Definition, register
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -62,6 +64,7 @@ def linear_cross_entropy(
     num_items: float | torch.Tensor | None = None,
     valid_rows: int | None = None,
     workspace_bytes: int | None = None,
+    shard: VocabShard | None = None,
     implementation: str = AUTO,
 ) -> torch.Tensor:
     """Cross entropy of the logits scale * (hidden @ weight.T + bias + lora_x @ lora_b.T), which are never built as a whole.
@@ -89,6 +92,10 @@ def linear_cross_entropy(
             tokens to be dropped without waiting for the device; a bound that is too low makes the loss NaN there.
         workspace_bytes: Memory for a chunk of logits; None for 128 MiB on a CPU, and on a GPU 256 MiB, or what 1024 tokens take.
             In a 16-bit dtype, None also keeps the chunks so few that the weight's gradient does not suffer.
+        shard: Which rows of the vocabulary weight, bias and lora_b hold on this rank, where they are cut over the ranks of a process
+            group; `target` stays a class of the whole. All ranks of the group make the same call, with the same hidden, lora_x and
+            target; the loss is the same on all, and the gradients of hidden and lora_x are this rank's share, which the caller sums
+            (`collectives.copy_to`). One all-gather of 20 bytes a token for each chunk. None for the whole vocabulary.
         implementation: "auto", "triton" or "torch".
 
     Returns:
@@ -102,6 +109,7 @@ def linear_cross_entropy(
     _check_tensors(tensors, target)
     check_options("linear_cross_entropy", softcap, label_smoothing, reduction, num_items)
     _check_bounds(valid_rows, workspace_bytes)
+    check_shard("linear_cross_entropy", "weight", weight.shape, weight.shape[0], shard)
     if num_items is not None and not isinstance(num_items, torch.Tensor):
         num_items = hidden.new_full((), num_items, dtype=compute_dtype(hidden), requires_grad=False)
     differentiated = torch.is_grad_enabled()
@@ -116,6 +124,7 @@ def linear_cross_entropy(
         workspace_bytes,
         implementation,
         needs,
+        *(("", 0, 0) if shard is None else (shard.group.group_name, shard.start, shard.vocab)),
     )
     return _call(*tensors, target, num_items, *options)[0]
 
@@ -193,6 +202,23 @@ def _check_bounds(valid_rows: int | None, workspace_bytes: int | None) -> None:
         )
 
 
+def check_shard(name: str, what: str, shape: torch.Size, rows: int, shard: VocabShard | None) -> None:
+    """Raise a ValueError for a shard that is none, or not that of `what`, a tensor of that shape with `rows` classes."""
+    if shard is None:
+        return
+    said = f"{name}: shard holds rows {shard.start} to {shard.stop} of a vocabulary of {shard.vocab}"
+    if not 0 <= shard.start <= shard.stop <= shard.vocab:
+        raise ValueError(f"{said}, expected 0 <= start <= stop <= vocab.")
+    if rows != shard.stop - shard.start:
+        raise ValueError(
+            f"{said}, but {what} is {tuple(shape)}; expected the rows that this rank holds, and no others."
+        )
+    if not dist.is_initialized() or not isinstance(shard.group, dist.ProcessGroup):
+        raise ValueError(
+            f"{said}, but its group is {shard.group!r}; expected the process group of the ranks that hold the others."
+        )
+
+
 def _forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -210,6 +236,9 @@ def _forward(
     workspace_bytes: int | None,
     implementation: str,
     needs: list[bool],
+    group: str = "",
+    start: int = 0,
+    vocab: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     given = (
         scale,
@@ -221,10 +250,13 @@ def _forward(
         workspace_bytes,
         implementation,
         needs,
+        group,
+        start,
+        vocab,
     )
     options = Options(*given)
     if target.device.type == "cpu":
-        count = check_targets("linear_cross_entropy", target, weight.shape[0], ignore_index)
+        count = check_targets("linear_cross_entropy", target, vocab if group else weight.shape[0], ignore_index)
         if valid_rows is not None and count > valid_rows:
             raise ValueError(
                 f"linear_cross_entropy: {count} targets count, but valid_rows promises at most {valid_rows}."
@@ -257,6 +289,9 @@ def _backward(
     workspace_bytes: int | None,
     implementation: str,
     needs: list[bool],
+    group: str = "",
+    start: int = 0,
+    vocab: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     given = (
         scale,
@@ -268,6 +303,9 @@ def _backward(
         workspace_bytes,
         implementation,
         needs,
+        group,
+        start,
+        vocab,
     )
     options = Options(*given)
     grads = [grad.clone() for grad in ready]
@@ -277,13 +315,13 @@ def _backward(
         tensors = Tensors(hidden, weight, bias, lora_x, lora_b)
         _, grads = loss_and_gradients(_module(tensors, options), tensors, target, row_weight_N, options, needs)
     if options.ready_in_forward(hidden.dtype):
-        _scale_all_(grads, grad_output, weight.shape[0], options)
+        _scale_all_(grads, grad_output, options.columns(weight), options)
     return tuple(grads)  # type: ignore[return-value]
 
 
 def _module(tensors: Tensors, options: Options) -> Any:
     device, dtype = tensors.hidden.device.type, tensors.hidden.dtype
-    return implementation_module(KERNEL, device, dtype, tensors.weight.shape[0], options.implementation)
+    return implementation_module(KERNEL, device, dtype, options.columns(tensors.weight), options.implementation)
 
 
 def _fake_forward(
@@ -341,7 +379,7 @@ def _gradients(ctx: Any, grad_output: torch.Tensor, backward: Any) -> tuple[Any,
 def _setup_context_eager(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.options = Options(*inputs[TENSORS:])
     ctx.ready = list(output[1:]) if ctx.options.ready_in_forward(inputs[0].dtype) else []
-    ctx.vocab = inputs[1].shape[0]
+    ctx.vocab = ctx.options.columns(inputs[1])
     ctx.save_for_backward(*inputs[:TENSORS])
 
 

@@ -11,6 +11,9 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+
+from automodel_accel.kernels.linear_cross_entropy.shard import Sharded, named_group
 
 CPU_WORKSPACE_BYTES = 128 << 20  # half of it costs 5 % of the time, twice as much gains 5 %
 GPU_WORKSPACE_BYTES = 256 << 20
@@ -37,6 +40,7 @@ class Options(NamedTuple):
 
     Attributes:
         needs: Whether each of `Tensors` needs a gradient.
+        group, start, vocab: Of a `VocabShard`, its group by name; "" where this rank holds the whole vocabulary.
     """
 
     scale: float
@@ -48,6 +52,9 @@ class Options(NamedTuple):
     workspace_bytes: int | None
     implementation: str
     needs: list[bool]
+    group: str = ""
+    start: int = 0
+    vocab: int = 0
 
     @property
     def loss(self) -> tuple[float, float | None, int, float]:
@@ -57,6 +64,10 @@ class Options(NamedTuple):
     def ready_in_forward(self, dtype: torch.dtype) -> bool:
         """Whether the gradients are computed in forward, up to the factor grad_output."""
         return any(self.needs) and self.reduction != "none" and dtype != torch.float16
+
+    def columns(self, weight: torch.Tensor) -> int:
+        """How many classes a chunk's logits have; where they are cut over ranks, the same on all of these."""
+        return -(-self.vocab // dist.get_world_size(named_group(self.group))) if self.group else weight.shape[0]
 
 
 def loss_and_gradients(
@@ -69,9 +80,10 @@ def loss_and_gradients(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The loss of each row, and the wanted gradients of sum(row_weight * loss); those not wanted are empty."""
     hidden_NH, vocab = tensors.hidden, tensors.weight.shape[0]
+    step = Sharded(module, named_group(options.group), options.start, options.vocab) if options.group else module
     order = _order(target_N, options)
     n_rows = target_N.shape[0] if order is None else order.shape[0]
-    chunk = chunk_rows(n_rows, vocab, hidden_NH, options.workspace_bytes)
+    chunk = chunk_rows(n_rows, options.columns(tensors.weight), hidden_NH, options.workspace_bytes)
     loss_N = hidden_NH.new_zeros(target_N.shape, dtype=compute_dtype(hidden_NH))
     logits_CP = hidden_NH.new_empty(chunk, -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT)
     gradients = _Gradients(tensors, wanted, chunk, n_rows)
@@ -81,10 +93,10 @@ def loss_and_gradients(
         z_CV = logits_CP[: target_C.shape[0], :vocab]
         _put_logits(z_CV, tensors, rows)
         if any(wanted):
-            loss_N[rows] = module.backward(z_CV, target_C, row_weight_N[rows], *options.loss)
+            loss_N[rows] = step.backward(z_CV, target_C, row_weight_N[rows], *options.loss)
             gradients.add(z_CV, rows, start == 0)
         else:
-            loss_N[rows] = module.forward(z_CV, target_C, *options.loss)
+            loss_N[rows] = step.forward(z_CV, target_C, *options.loss)
     return loss_N, gradients.finished()
 
 
@@ -178,9 +190,14 @@ def _order(target_N: torch.Tensor, options: Options) -> torch.Tensor | None:
     ignored_N = target_N == options.ignore_index
     if options.valid_rows is not None:
         return torch.argsort(ignored_N.to(torch.uint8), stable=True)[: options.valid_rows]
-    if target_N.device.type != "cpu" or not ignored_N.any():
+    return rows_that_count(~ignored_N)
+
+
+def rows_that_count(counted_N: torch.Tensor) -> torch.Tensor | None:
+    """Their indices; None for all rows: off the CPU the host would have to wait for their number."""
+    if counted_N.device.type != "cpu" or counted_N.all():
         return None
-    return torch.nonzero(~ignored_N)[:, 0]
+    return torch.nonzero(counted_N)[:, 0]
 
 
 def chunk_rows(n_rows: int, vocab: int, hidden: torch.Tensor, workspace_bytes: int | None) -> int:

@@ -2,8 +2,10 @@
 
 The chunk is worked off in blocks of rows that stay in the cache, so that memory is read once and written once. Every step is
 in place: float32 and float64 logits need no further memory, narrower ones a float32 copy of one block.
-Shapes: logits [C, V]; target, weight and loss [C].
+Shapes: logits [C, V]; target, weight and loss [C]. Where the vocabulary is cut over ranks, V are this rank's classes.
 """
+
+from collections.abc import Iterator
 
 import torch
 
@@ -37,6 +39,85 @@ def backward(
     return _in_blocks(logits_CV, target_C, weight_C, scale, softcap, ignore_index, smoothing)
 
 
+def shard_forward(
+    logits_CV: torch.Tensor,
+    target_C: torch.Tensor,
+    start: int,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    smoothing: float,
+) -> torch.Tensor:
+    """Return what this rank knows of each row, in the compute dtype; the logits, of the classes from `start` on, stay.
+
+    It is [4, C]: the largest logit (-inf for no class), the sum of the exponentials above it, the target's logit (0 where it is
+    another rank's), and with smoothing the sum of the distances to the largest logit.
+    """
+    compute_dtype = torch.promote_types(logits_CV.dtype, torch.float32)
+    parts_4C = logits_CV.new_zeros((4, logits_CV.shape[0]), dtype=compute_dtype)
+    if logits_CV.numel() == 0:
+        parts_4C[0] = float("-inf")
+        return parts_4C
+    for rows in _blocks(logits_CV, compute_dtype):
+        z = logits_CV[rows].to(compute_dtype, copy=True)
+        ignored = (target_C[rows] == ignore_index)[:, None]
+        local, here = _own_class(target_C[rows], ignored, start, z.shape[1])
+        cap_(z, ignored, scale, softcap, needs_slope=False)
+        largest = z.amax(1, keepdim=True)
+        parts_4C[0, rows] = largest[:, 0]
+        parts_4C[2, rows] = z.gather(1, local).masked_fill_(~here, 0.0)[:, 0]
+        z.sub_(largest.masked_fill(largest == float("-inf"), 0.0))  # two infinities have no difference
+        if smoothing:
+            parts_4C[3, rows] = z.sum(1)
+        parts_4C[1, rows] = z.exp_().sum(1)
+    return parts_4C
+
+
+def shard_backward(
+    logits_CV: torch.Tensor,
+    target_C: torch.Tensor,
+    weight_C: torch.Tensor,
+    largest_C: torch.Tensor,
+    total_C: torch.Tensor,
+    start: int,
+    vocab: int,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    smoothing: float,
+) -> None:
+    """Overwrite the logits of the classes from `start` on with the gradient of sum(weight * loss) with respect to them.
+
+    `largest_C` and `total_C` are of the whole vocabulary, of length `vocab`: the largest logit, and the sum of the exponentials above it.
+    """
+    if logits_CV.numel() == 0:
+        return
+    for rows in _blocks(logits_CV, largest_C.dtype):
+        z = logits_CV[rows].to(largest_C.dtype)
+        ignored = (target_C[rows] == ignore_index)[:, None]
+        local, here = _own_class(target_C[rows], ignored, start, z.shape[1])
+        cap_slope = cap_(z, ignored, scale, softcap, needs_slope=True)
+        z.sub_(largest_C[rows, None]).exp_().div_(total_C[rows, None])
+        if smoothing:
+            z.sub_(smoothing / vocab)
+        z.scatter_add_(1, local, here * z.new_full((), smoothing - 1.0))
+        z.mul_(weight_C[rows, None] * scale)
+        if cap_slope is not None:
+            z.mul_(cap_slope)
+        z.masked_fill_(ignored, 0.0)
+        if z.dtype != logits_CV.dtype:
+            logits_CV[rows] = z
+
+
+def _own_class(
+    target: torch.Tensor, ignored: torch.Tensor, start: int, classes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The target's place among this rank's classes, 0 where it is none of them; and whether it is one; [rows, 1] each."""
+    local = target[:, None] - start
+    here = (local >= 0) & (local < classes) & ~ignored
+    return local.masked_fill(~here, 0), here
+
+
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
     """Multiply contiguous `x` by a 0-d tensor, in place; the product is rounded once."""
     if factor.device.type == "cpu" and factor.item() == 1.0:
@@ -59,16 +140,19 @@ def _in_blocks(
 ) -> torch.Tensor:
     compute_dtype = torch.promote_types(logits_CV.dtype, torch.float32)
     loss_C = logits_CV.new_empty(logits_CV.shape[0], dtype=compute_dtype)
-    block_bytes = CPU_BLOCK_BYTES if logits_CV.device.type == "cpu" else GPU_BLOCK_BYTES
-    size = max(1, block_bytes // (logits_CV.shape[1] * compute_dtype.itemsize))
-    for start in range(0, logits_CV.shape[0], size):
-        rows = slice(start, start + size)
+    for rows in _blocks(logits_CV, compute_dtype):
         weight = None if weight_C is None else weight_C[rows]
         wide = logits_CV[rows].to(compute_dtype)  # the block itself where it is wide already
         loss_C[rows] = _block_(wide, target_C[rows], weight, scale, softcap, ignore_index, smoothing)
         if weight is not None and wide.dtype != logits_CV.dtype:
             logits_CV[rows] = wide
     return loss_C
+
+
+def _blocks(logits_CV: torch.Tensor, compute_dtype: torch.dtype) -> Iterator[slice]:
+    block_bytes = CPU_BLOCK_BYTES if logits_CV.device.type == "cpu" else GPU_BLOCK_BYTES
+    size = max(1, block_bytes // (logits_CV.shape[1] * compute_dtype.itemsize))
+    return (slice(start, start + size) for start in range(0, logits_CV.shape[0], size))
 
 
 def _block_(

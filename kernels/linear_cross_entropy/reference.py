@@ -3,6 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from automodel_accel.kernels.collectives import sum_from
+from automodel_accel.kernels.linear_cross_entropy.shard import VocabShard
+
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
@@ -17,11 +20,14 @@ def linear_cross_entropy(
     num_items: float | torch.Tensor | None = None,
     lora_x: torch.Tensor | None = None,
     lora_b: torch.Tensor | None = None,
+    shard: VocabShard | None = None,
 ) -> torch.Tensor:
     """Output head and cross entropy in float32; see `automodel_accel.kernels.linear_cross_entropy.linear_cross_entropy`."""
     logits = F.linear(hidden, weight, bias)
     if lora_x is not None and lora_b is not None:
         logits = (logits + F.linear(lora_x, lora_b)).to(logits.dtype)
+    if shard is not None:
+        logits = sum_from(F.pad(logits, (shard.start, shard.vocab - shard.stop)), shard.group)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)

@@ -147,6 +147,29 @@ def _cross_entropy(
     ]
 
 
+def _shard(
+    dtype: torch.dtype, vocab: int, ranks: int, softcap: float | None = None, smoothing: float = 0.0
+) -> list[AotCase]:
+    columns = -(-vocab // ranks)
+    logits = torch.ones(ROWS, -(-columns // 16) * 16, dtype=dtype)[:, :columns]
+    target, weight, stats = torch.ones(ROWS, dtype=torch.int64), torch.ones(ROWS), torch.ones(2, ROWS)
+    form = (0.5, softcap, -100, smoothing)
+    name = f"{dtype}/{vocab} over {ranks}/softcap {softcap}/smoothing {smoothing}"
+    fit = (3, False, 2 * int(dtype != torch.float32))
+    return [
+        AotCase(
+            f"linear_cross_entropy/shard forward/{name}",
+            lambda: linear_cross_entropy.shard_forward(logits, target, columns, *form),
+            *fit,
+        ),
+        AotCase(
+            f"linear_cross_entropy/shard backward/{name}",
+            lambda: linear_cross_entropy.shard_backward(logits, target, weight, *stats, columns, vocab, *form),
+            *fit,
+        ),
+    ]
+
+
 def _scale(dtype: torch.dtype) -> AotCase:
     grad, factor = torch.ones(ROWS, 4096, dtype=dtype), torch.ones(())
     return AotCase(f"linear_cross_entropy/scale/{dtype}", lambda: linear_cross_entropy.scale_(grad, factor), 8)
@@ -155,6 +178,8 @@ def _scale(dtype: torch.dtype) -> AotCase:
 LINEAR_CROSS_ENTROPY = [
     *(case for dtype in DTYPES for vocab in (128256, 50257) for case in _cross_entropy(dtype, vocab)),
     *(case for dtype in DTYPES for case in _cross_entropy(dtype, 256000, 30.0, 0.1)),
+    *(case for dtype in DTYPES for case in _shard(dtype, 128256, 8)),
+    *(case for dtype in DTYPES for case in _shard(dtype, 256000, 2, 30.0, 0.1)),
     *map(_scale, DTYPES),
 ]
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +13,7 @@ from automodel_accel.kernels import linear_cross_entropy as package
 from automodel_accel.kernels.contract import implementation_module
 from tests.ops import checks
 from tests.ops.allocations import Allocations
+from tests.ops.ranks import across
 
 IMPLEMENTATIONS = package.KERNEL.names()
 VOCAB = 61
@@ -32,11 +33,12 @@ def operation(
     tested: ModuleType = package,
     workspace_bytes: int | None = None,
     valid_rows: int | None = None,
+    cuts: Sequence[int] = (),
     **options: Any,
 ) -> checks.Operation:
     """linear_cross_entropy of (hidden [..., H], weight, bias, target), with all else fixed; of (..., lora_x, lora_b) with a rank.
 
-    With `wide`, these two are float32 whatever the others are.
+    With `wide`, these two are float32 whatever the others are. With `cuts`, ranks hold the vocabulary between them.
     """
     ignore_index = options.get("ignore_index", IGNORED)
 
@@ -54,9 +56,14 @@ def operation(
         lora_x = checks.normal(generator, (target.shape[0], rank), kind)
         return *head, lora_x, checks.normal(generator, (vocab, rank), kind) * rank**-0.5
 
-    def ours(hidden: Any, weight: Any, b: Any, target: Any, *low_rank: Any) -> torch.Tensor:
+    def ours(*whole: Any) -> torch.Tensor:
+        return across(one_rank, cuts, *whole) if cuts else one_rank(*whole)
+
+    def one_rank(
+        hidden: Any, weight: Any, b: Any, target: Any, lora_x: Any = None, lora_b: Any = None, shard: Any = None
+    ) -> torch.Tensor:
         own = {"workspace_bytes": workspace_bytes, "valid_rows": valid_rows, "implementation": implementation}
-        own |= dict(zip(("lora_x", "lora_b"), low_rank))
+        own |= {"lora_x": lora_x, "lora_b": lora_b, "shard": shard}
         loss = tested.linear_cross_entropy(hidden.flatten(0, -2), weight, target, bias=b, **own, **options)
         assert isinstance(loss, torch.Tensor)
         return loss

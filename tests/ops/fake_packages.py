@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from automodel_accel.kernels.cross_entropy import eager as cross_entropy
 from automodel_accel.kernels.layer_norm import eager as layer_norm
@@ -362,22 +363,27 @@ def transformer_engine() -> Mapping[str, Mapping[str, Any]]:
         return tuple(None if grad is None else grad.to(given["gamma"].dtype) for grad in grads)
 
     def loss_forward(given: Given) -> tuple[Any, ...]:
-        assert (given["reduce_loss"], given["dist_process_group"], given["overwrite_input"]) == (False, None, True)
+        assert (given["reduce_loss"], given["overwrite_input"]) == (False, True)
         batch, rows, classes = given["_input"].shape
         options = 1.0, None, given["ignore_idx"], given["label_smoothing"], 0.0
-        loss, stats = cross_entropy.forward(given["_input"].view(-1, classes), given["target"], *options)
-        return loss.view(batch, rows), given["_input"], stats.t().contiguous(), given["target"], None, 0, 1
+        group = given["dist_process_group"]
+        rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        whole = cross_entropy if group is None else cross_entropy.sharded(group, rank * classes, ranks * classes)
+        loss, stats = whole.forward(given["_input"].view(-1, classes), given["target"], *options)
+        return loss.view(batch, rows), given["_input"], stats.t().contiguous(), given["target"], None, rank, ranks
 
     def loss_backward(given: Given) -> torch.Tensor:
         saved, stats, target = given["saved_input"], given["stats"], given["target"]
-        assert (given["n_non_ignore"], given["reduce_loss"], given["rank"], given["world_size"]) == (None, False, 0, 1)
+        assert (given["n_non_ignore"], given["reduce_loss"]) == (None, False)
         assert saved.is_contiguous()
         assert stats.is_contiguous()
         assert stats.shape == (target.numel(), 2)
         assert target.is_contiguous()
         options = 1.0, None, given["ignore_idx"], given["label_smoothing"], 0.0
         logits, weight = saved[0].clone(), given["grad_output"].contiguous()
-        return saved.copy_(cross_entropy.backward(logits, target, weight, stats.t(), *options)[None])  # type: ignore[no-any-return]
+        rank, ranks, classes = given["rank"], given["world_size"], logits.shape[1]
+        whole = cross_entropy if ranks == 1 else cross_entropy.sharded(None, rank * classes, ranks * classes)
+        return saved.copy_(whole.backward(logits, target, weight, stats.t(), *options)[None])  # type: ignore[no-any-return]
 
     losses = {
         "cross_entropy_forward": function(

@@ -107,8 +107,8 @@ HOST_CODE = (
     Mutant(HOST, "loss_N.sum() / divisor", "loss_N.sum()", "the sum for the mean"),
     Mutant(
         HOST,
-        '"cross_entropy", target, logits.shape[-1], ignore_index',
-        '"cross_entropy", target[:0], logits.shape[-1], ignore_index',
+        'check_targets("cross_entropy", target, ',
+        'check_targets("cross_entropy", target[:0], ',
         "targets not looked at",
     ),
 )

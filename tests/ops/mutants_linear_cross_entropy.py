@@ -97,7 +97,7 @@ ROWS = (
     Mutant(
         EAGER,
         "None if weight_C is None else weight_C[rows]",
-        "None if weight_C is None else weight_C[: min(size, weight_C.shape[0] - start)]",
+        "None if weight_C is None else weight_C[: min(rows.stop, weight_C.shape[0]) - rows.start]",
         "weights of the first block for all",
     ),
     Mutant(EAGER, "            logits_CV[rows] = wide\n", "            pass\n", "16-bit gradient not written back"),

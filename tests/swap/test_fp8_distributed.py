@@ -1,21 +1,16 @@
 """Two processes that train FP8 linears whose weights FSDP2 gathers in 8 bits; see fp8_distributed.py."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from automodel_accel.kernels.fp8_linear import Recipe, casts, fp8_linears, sharded
+from tests.launching import of_each
 from tests.swap.fp8_distributed import MICRO, OTHERS, RECIPES, ROWS, STEPS, WAYS, H
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 PROCESSES, ITEMSIZE = 2, {"bfloat16": 2, "mixed": 2}  # of what is gathered as it is; else 4
 
 Found = list[dict[str, Any]]
@@ -24,11 +19,7 @@ Found = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What each of the two processes found, of one launch."""
-    folder = tmp_path_factory.mktemp("distributed")
-    command = [*LAUNCH, "-m", "tests.swap.fp8_distributed", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
+    return of_each("tests.swap.fp8_distributed", tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import automodel_accel as accel
-from automodel_accel.patches.linear import _shared_inputs
+from automodel_accel.patches.linear import shared_inputs
 from tests.budgets.layers import ours, saved_bytes, vanilla
 from tests.swap.compare import (
     Step,
@@ -130,7 +130,7 @@ def host(kind: type[nn.Module]) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ODD, ids=lambda kind: kind.__name__)
 def test_children_of_one_input_are_read_from_the_forward(kind: type[nn.Module]) -> None:
-    found = tuple(names for names in _shared_inputs(kind.forward.__code__) if names)
+    found = tuple(names for names in shared_inputs(kind.forward.__code__) if names)
     assert set(ODD[kind]) <= set(found) | {()}
     assert all(len(names) < 2 or names in ODD[kind] for names in found)
 

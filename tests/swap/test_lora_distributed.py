@@ -1,17 +1,13 @@
 """Two processes that train adapters with dropout: DDP, and FSDP2 with the adapters in shards or whole; see lora_distributed.py."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.launching import of_each
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 WRAPS = ("DDP", "FSDP2", "FSDP2, adapters whole")
 STEPS, CALLS = 4, 8  # of a step: two layers, four inputs of adapted linears each
 
@@ -19,11 +15,7 @@ STEPS, CALLS = 4, 8  # of a step: two layers, four inputs of adapted linears eac
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two processes found, of one launch."""
-    folder = tmp_path_factory.mktemp("distributed")
-    command = [*LAUNCH, "-m", "tests.swap.lora_distributed", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return of_each("tests.swap.lora_distributed", tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.parametrize("wrap", WRAPS)

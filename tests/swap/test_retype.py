@@ -68,3 +68,33 @@ def test_a_wrapper_that_answers_its_models_attributes_is_copied_as_itself() -> N
     clone = copy.deepcopy(Wrapper(_twice()))
     assert type(clone) is Wrapper
     assert is_retyped(clone.inner)
+
+
+def test_instances_of_a_class_are_those_of_the_original() -> None:
+    """accelerate shards the layers that are instances of the first one's class."""
+    first, second, other = nn.Linear(2, 2), nn.Linear(2, 2), nn.Bilinear(2, 2, 2)
+    retype(first, {"forward": nn.Linear.forward}, None)
+    retype(first, {"forward": nn.Linear.forward}, None)
+    untouched = nn.Linear(2, 2)
+    retype(second, {"forward": nn.Linear.forward}, None)
+    assert all(isinstance(module, type(first)) for module in (first, second, untouched))
+    assert not isinstance(other, type(first))
+    assert not issubclass(type(second), type(first))
+    wrapper = type("Wrapper", (type(first),), {})
+    assert not isinstance(second, wrapper)
+
+
+class Meta(type):
+    pass
+
+
+class OfMeta(nn.Linear, metaclass=Meta):
+    pass
+
+
+def test_a_class_with_a_metaclass_of_its_own() -> None:
+    module = OfMeta(2, 2)
+    retype(module, {"forward": OfMeta.forward}, None)
+    assert isinstance(type(module), Meta)
+    assert isinstance(OfMeta(2, 2), type(module))
+    assert module(torch.ones(1, 2)).shape == (1, 2)
