@@ -1,8 +1,9 @@
-"""apply, plan, report, revert, accelerated."""
+"""apply, parallelize, plan, report, revert, accelerated."""
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,8 @@ from automodel_accel.report import Report
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+    from automodel_accel.parallel.mesh import Mesh, Ranks
 
 logger = logging.getLogger("automodel_accel")
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,30 +56,41 @@ def apply(
     model: Model,
     config: AccelConfig | dict[str, Any] | None = None,
     *,
+    mesh: "Mesh | Ranks | None" = None,
     lora: "LoraConfig | dict[str, Any] | None" = None,
     facts: Facts | None = None,
     **fusions: Any,
 ) -> Model:
     """Swap fused kernels into `model`, in place, each proved on the spot; undo with `revert`.
 
+    With a mesh the model is then spread over the processes, in this order: adapters, kernels (recompute is one of these), tensor
+    parallel, torch.compile, FSDP2, HSDP or DDP. That cannot be undone by `revert`.
+
     Args:
         model: Any `torch.nn.Module`, on any device, meta included. Apply before wrappers (DDP, Trainer) are built.
         config: An `AccelConfig` or a dict of its fields.
+        mesh: How the processes are laid out; each calls `apply` alike, and gets the values of the first one. A model that was
+            applied without a mesh before keeps its settings where none are given.
         lora: A `peft.LoraConfig` or a dict of its fields: adapters to add first, as by `peft.get_peft_model`, whose PeftModel is
             then returned. Targets may hold wildcards: "*_proj".
         facts: The machine to decide for; this one by default.
         **fusions: Fields of `AccelConfig` by name: `norm="torch"`, `loss=False`, `strict=True`.
 
     Returns:
-        The same model. `report(model)` says what was swapped, what was refused and why.
+        The same model (with megatron-fsdp, which has no other way, its wrapper). `report(model)` says what was swapped, what was
+        refused and why, and how it was spread.
 
     Raises:
         ValueError: an unknown setting or implementation, a target of `lora` that does not exist, the model is already applied with
-            other settings, or FSDP1 has wrapped it or a part of it.
+            other settings, FSDP1 has wrapped it or a part of it, or it cannot be spread over the mesh.
         RefusedError: with `strict=True`, an explicit request was refused.
         In every case the model is left as it was.
     """
     _check_model(model)
+    if mesh is not None:
+        kept = find_report(model) if config is None and not fusions else None
+        settings = AccelConfig.build(kept.plan.config if kept is not None else config, **fusions)
+        return _apply_over(mesh, model, lora, settings, facts)
     settings = AccelConfig.build(config, **fusions)
     if lora is not None:
         return _apply_with_lora(model, lora, settings, facts)
@@ -109,6 +123,13 @@ def apply(
     return model
 
 
+def parallelize(
+    model: Model, mesh: "Mesh | Ranks", config: AccelConfig | dict[str, Any] | None = None, **settings: Any
+) -> Model:
+    """`apply(model, config, mesh=mesh, ...)`."""
+    return apply(model, config, mesh=mesh, **settings)
+
+
 def report(model: nn.Module) -> Report:
     """What `apply` did to `model` (or to the model inside a wrapper), and what was counted since.
 
@@ -126,9 +147,15 @@ def revert(model: Model) -> Model:
     """Give every swapped module its original class back; bit-exact. A model that is not applied is left as it is.
 
     Raises:
-        ValueError: a wrapper (FSDP2's fully_shard) has derived its own classes from the swapped ones since.
+        ValueError: it was spread over a mesh, or a wrapper (FSDP2's fully_shard) has derived its own classes from the swapped ones
+            since.
     """
     _check_model(model)
+    if (done := find_report(model)) is not None and done.mesh:
+        raise ValueError(
+            f"this {type(model).__name__} was spread over processes ({done.mesh}), which cannot be taken back; save it "
+            "(model.save_pretrained) and load it."
+        )
     modules = list(model.modules())
     wrapped = [type(module).__name__ for module in modules if owner_of(module) is not None and not is_retyped(module)]
     if wrapped:
@@ -169,6 +196,48 @@ def _apply_with_lora(
         adapted: Any = with_lora(model, lora)
         apply(adapted, settings, facts=facts)
     return adapted  # type: ignore[no-any-return]
+
+
+def _apply_over(
+    mesh: "Mesh | Ranks",
+    model: Model,
+    lora: "LoraConfig | dict[str, Any] | None",
+    settings: AccelConfig,
+    facts: Facts | None,
+) -> Model:
+    from automodel_accel.parallel import order  # torch.distributed.fsdp takes time to import
+
+    ranks = order.ranks_of(mesh)
+    if (done := find_report(model)) is not None:
+        order.check_not_spread(model, done.mesh)
+        if lora is None:
+            _check_same_settings(model, done, settings)
+    order.check(model, ranks, settings, facts or this_machine())
+    with _left_on_error(model, lora is not None):
+        adapted = model if done is not None and lora is None else apply(model, settings, lora=lora, facts=facts)
+        try:
+            order.check_parameters(adapted, ranks)
+            refusals = order.cut(adapted, ranks)
+        except ValueError:
+            if done is None:
+                revert(adapted)
+            raise
+    before = find_report(adapted)
+    assert before is not None
+    spread, said = order.spread(adapted, ranks, before.counts)
+    after = replace(before, mesh=said, refusals=(*before.refusals, *(("tensor", no) for no in refusals)))
+    after.counts.report = after
+    if adapted in _REPORTS:
+        _REPORTS[adapted] = _REPORTS[spread] = after
+    return spread  # type: ignore[return-value]
+
+
+def _left_on_error(model: nn.Module, adapted: bool) -> AbstractContextManager[None]:
+    if not adapted:
+        return nullcontext()
+    from automodel_accel.adapters import left_as_it_was  # PEFT takes a second to import
+
+    return left_as_it_was(model)
 
 
 def find_report(model: nn.Module) -> Report | None:

@@ -22,6 +22,7 @@ class Report:
         refusals: (fusion, refusal): those of the plan, and places whose proof failed.
         proofs: By `Claim.proof_key`.
         counts: Calls since `apply`, outside of compiled graphs; a deep copy of the model counts here too.
+        mesh: How the model was spread over processes, in words; empty where it was not.
     """
 
     plan: Plan
@@ -29,6 +30,7 @@ class Report:
     refusals: tuple[tuple[str, Refusal], ...]
     proofs: Mapping[Hashable, Proof]
     counts: Counts
+    mesh: str = ""
 
     @property
     def materialised_logits(self) -> int:
@@ -43,6 +45,8 @@ class Report:
         title = f"{self.plan.model}: {len(self.applied)} places swapped and proved"
         if self.plan.config.recompute:
             title += f", recompute={self.plan.config.recompute!r}"
+        if self.mesh:
+            title += f"; {self.mesh}"
         text = claim_table(title, self.applied, self._proof_text)
         text += refusal_table(self.refusals)
         return text + "\n" + table("Since then", ("what", "calls"), self._count_rows())
@@ -70,6 +74,7 @@ class Report:
         return {
             "model": self.plan.model,
             "device": plan["device"],
+            "mesh": self.mesh,
             "applied": [claim for claim in plan["claims"] if (claim["fusion"], tuple(claim["paths"])) in applied],
             "refusals": [
                 {"fusion": fusion, "what": no.what, "reason": no.reason, "remedy": no.remedy}

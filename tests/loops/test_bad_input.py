@@ -65,7 +65,7 @@ def test_sharded_by_fsdp2(mesh: Any) -> None:
     report = accel.report(model)
     (no,) = [refusal for fusion, refusal in report.refusals if fusion == "loss"]
     assert "the head's weight is a DTensor: sharded" in no.reason
-    assert "apply before fully_shard to fuse it" in no.remedy
+    assert "apply before fully_shard, and before a head is cut, to fuse it" in no.remedy
     assert report.counts.fused["loss"] == 0
     assert min(report.counts.fused[fusion] for fusion in ("norm", "mlp", "rope", "residual")) > 0
     with pytest.raises(accel.RefusedError, match="apply before fully_shard"):

@@ -1,34 +1,25 @@
 """Two processes: DDP and FSDP2 in a loop of torch, the Trainer, accelerate; the checks are in distributed.py."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.launching import of_each
+
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 LATE = "fsdp2, applied late"
 CHECKS = (
     *("plain", "plain, applied late", "plain, own loss"),
     *("fsdp2", "fsdp2, own loss", LATE),
     *("trainer", "trainer, tokens not averaged", "trainer, peft", "accelerate, peft"),
 )
-LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two processes found, of one launch."""
-    folder = tmp_path_factory.mktemp("distributed")
-    done = subprocess.run(
-        [*LAUNCH, "-m", "tests.loops.distributed", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return of_each("tests.loops.distributed", tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.parametrize("check", CHECKS)
