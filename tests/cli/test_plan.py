@@ -132,3 +132,53 @@ def test_runs_as_a_module_and_prints_json_alone_when_piped(llama: str) -> None:
     command = [sys.executable, "-m", "automodel_accel", "plan", llama, "--json"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(printed.stdout)["model"] == "LlamaForCausalLM"
+
+
+MESH = ("--mesh", "shard=4", "--seq-len", "128")
+
+
+def test_a_mesh_prints_memory_and_traffic(llama: str) -> None:
+    result = run(llama, *MESH, "--memory", "80", "--bandwidth", "shard=50", "--explain")
+    assert result.exit_code == 0, result.output
+    for words in (
+        "Memory of one GPU",
+        "backward of the last layer",
+        "reduce-scatter",
+        "It fits on GPUs of 80 GiB",
+        "b (Q + C K",
+    ):
+        assert words in result.stdout
+
+
+def test_what_does_not_fit_says_what_would(llama: str) -> None:
+    most = json.loads(run(llama, *MESH, "--json").stdout)["peak_bytes"]
+    least = json.loads(run(llama, *MESH, "--recompute", "full", "--json").stdout)["peak_bytes"]
+    assert least < most
+    given = (*MESH, "--memory", str((most + least) / 2 / 2**30), "--reserve", "0")
+    assert run(llama, *given).exit_code == 0
+    failed = run(llama, *given, "--fail", "--json")
+    assert failed.exit_code == 1
+    found = json.loads(failed.stdout)
+    assert not found["fits"]
+    assert found["would_fit"].startswith("--mesh shard=4 --recompute")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--mesh", "shrad=4"), "Did you mean 'shard'?"),
+        (("--mesh", "shard=-1"), "give a size"),
+        (("--mesh", "shard=0"), "expected a number of ranks"),
+        (("--mesh", "shard=2,tensor=3"), "cannot be cut over 3 tensor ranks"),
+        (("--mesh", "shard=2", "--dtype", "bf16"), "--dtype"),
+        (("--mesh", "shard=2", "--optimizer", "adam"), "optimizer"),
+        (("--mesh", "shard=2", "--seq-len", "0"), "expected 1 or more"),
+        (("--mesh", "context=3", "--seq-len", "64"), "cannot be cut evenly"),
+        (("--mesh", "shard=2", "--bandwidth", "shard=fast"), "GB a second"),
+    ],
+)
+def test_a_wrong_mesh_is_one_sentence(llama: str, arguments: tuple[str, ...], expected: str) -> None:
+    result = run(llama, *arguments)
+    assert result.exit_code == 2
+    assert expected in result.stderr
+    assert len(result.stderr.splitlines()) == 1
