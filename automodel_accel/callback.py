@@ -31,8 +31,8 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerContro
 from automodel_accel.api import apply, find_report, plan
 from automodel_accel.config import AccelConfig
 from automodel_accel.kernels.facts import Facts, this_machine
-from automodel_accel.meter import Meter
 from automodel_accel.patches.loss import loss_only
+from automodel_accel.trainer_meter import TrainerMeter
 
 logger = logging.getLogger("automodel_accel")
 MOVE = "pass it to the Trainer instead: Trainer(..., callbacks=[AccelCallback()])"
@@ -57,7 +57,7 @@ class AccelCallback(TrainerCallback):
     ) -> None:
         self._settings = AccelConfig.build(config, **fusions)
         self._facts = facts
-        self._meter: Meter | None = None
+        self._meter: TrainerMeter | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Apply, and stand before the callbacks that report."""
@@ -82,7 +82,7 @@ class AccelCallback(TrainerCallback):
                 "no transformers Trainer calls this AccelCallback: tokens and the time of loading data are not measured, and "
                 "callbacks that come before it do not see its figures."
             )
-        self._meter = Meter(args, model, trainer, done, self._facts or this_machine())
+        self._meter = TrainerMeter(args, model, trainer, done, self._facts or this_machine())
         self._meter.watch_batches()
 
     def on_train_end(

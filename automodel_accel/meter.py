@@ -1,6 +1,5 @@
-"""What the steps of a Trainer take: marks on the host's clock or on a GPU's stream, and what the batches hold."""
+"""What the steps of a training run take: marks on the host's clock or on a GPU's stream, and what the batches hold."""
 
-import functools
 import sys
 import time
 from collections import deque
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
 
 from automodel_accel.flops import TrainingFlops, attended_pairs, rows_and_width, training_flops, vendor_peak
 from automodel_accel.kernels.facts import Facts
@@ -82,20 +80,23 @@ class _Total:
 
 
 class Meter:
-    """Measures one call of `train`, of a Trainer or of another loop that calls callbacks.
+    """Measures the steps of one training run, by this process.
 
-    Attributes:
-        sees_batches: Whether steps begin with their batches; if not, tokens and the time of loading data are not known.
+    Args:
+        model: As it trains.
+        report: What `apply` did to it.
+        facts: The machine, whose peak is what MFU is a share of.
+        on_cuda: Whether steps run on a stream, and the host does not wait for them.
+        devices: How many share what this process counts.
+        dtype: In which the matrix products run: "bfloat16", "float32".
     """
 
-    def __init__(self, args: TrainingArguments, model: nn.Module, trainer: Any, report: Report, facts: Facts) -> None:
-        self.sees_batches = False
-        self._trainer = trainer
-        self._on_cuda = args.device.type == "cuda"
-        self._clock: Any = _CudaClock() if self._on_cuda else _HostClock()
-        # one process drives them all (DataParallel), or they share its batches
-        self._devices = max(1, args.n_gpu) * (trainer.get_tp_size() * trainer.get_cp_size() if trainer else 1)
-        self._peak = vendor_peak(facts.device_name, _dtype(args, model, trainer))
+    def __init__(
+        self, model: nn.Module, report: Report, facts: Facts, *, on_cuda: bool, devices: int, dtype: str
+    ) -> None:
+        self._on_cuda, self._devices = on_cuda, devices
+        self._clock: Any = _CudaClock() if on_cuda else _HostClock()
+        self._peak = vendor_peak(facts.device_name, dtype)
         self._flops: TrainingFlops | None = training_flops(model) if self._peak is not None else None
         # a loss that was not swapped always builds them, and nobody counts
         self._counts = report.counts if report.places("loss") else None
@@ -103,34 +104,6 @@ class Meter:
         self._step: _Step | None = None
         self._open: deque[_Step] = deque()
         self._total = _Total()
-        self._watching: tuple[Any, Any] | None = None
-
-    def watch_batches(self) -> None:
-        """Count what `get_batch_samples` returns, called once per optimizer step, and take its time."""
-        if self._trainer is None:
-            return
-        before, original = vars(self._trainer).get("get_batch_samples"), self._trainer.get_batch_samples
-
-        @functools.wraps(original)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            self.sees_batches = True
-            self.begin()
-            result = original(*args, **kwargs)
-            self.receive(result[0])
-            return result
-
-        self._trainer.get_batch_samples = watched
-        self._watching = watched, before
-
-    def unwatch(self) -> None:
-        """Give `get_batch_samples` back."""
-        if self._watching is None:
-            return
-        watched, before = self._watching
-        if vars(self._trainer).get("get_batch_samples") is watched:
-            del self._trainer.get_batch_samples
-            if before is not None:
-                self._trainer.get_batch_samples = before
 
     def begin(self) -> None:
         """The step begins: its batches are asked for."""
@@ -183,8 +156,7 @@ class Meter:
             logits = self._logits()
             found["materialised_logits"] = logits - self._logits_before
             self._logits_before = logits
-        if self.sees_batches:
-            found["seconds_data"] = total.data / total.steps
+        found["seconds_data"] = total.data / total.steps
         found["seconds_forward_backward"] = total.forward_backward / total.steps
         found["seconds_optimizer"] = total.optimizer / total.steps
         return found
@@ -219,17 +191,6 @@ class Meter:
 def _number(count: torch.Tensor | int) -> torch.Tensor | int:
     """A number, unless it would have to be waited for."""
     return int(count) if isinstance(count, int) or count.device.type == "cpu" else count
-
-
-def _dtype(args: TrainingArguments, model: nn.Module, trainer: Any) -> str:
-    """In which the matrix products run."""
-    mixed = trainer.accelerator.mixed_precision if trainer is not None else None
-    if args.bf16 or mixed == "bf16":
-        return "bfloat16"
-    if args.fp16 or mixed == "fp16":
-        return "float16"
-    dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    return str(next(dtypes, torch.float32)).removeprefix("torch.")
 
 
 def _peak_memory(on_cuda: bool) -> int:

@@ -23,8 +23,11 @@ LAYERS = (
     {"patches"},
     {"adapters", "config", "tables"},
     {"plan", "prove", "report"},
+    {"parallel"},
     {"api"},
-    {"building", "callback", "flops", "meter", "models", "sharding"},
+    {"building", "callback", "checkpoint", "data", "flops", "freezing", "meter", "models", "sharding", "trainer_meter"},
+    {"scaling", "train"},
+    {"recipes"},
     {"__init__"},
     {"cli", "__main__", "run"},
 )

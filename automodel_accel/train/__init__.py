@@ -1,0 +1,1 @@
+"""Training: optimizers, schedules, logs and the loop."""
