@@ -84,7 +84,7 @@ class Meter:
 
     Args:
         model: As it trains.
-        report: What `apply` did to it.
+        report: What `apply` did to it; None where nothing was applied.
         facts: The machine, whose peak is what MFU is a share of.
         on_cuda: Whether steps run on a stream, and the host does not wait for them.
         devices: How many share what this process counts.
@@ -92,14 +92,14 @@ class Meter:
     """
 
     def __init__(
-        self, model: nn.Module, report: Report, facts: Facts, *, on_cuda: bool, devices: int, dtype: str
+        self, model: nn.Module, report: Report | None, facts: Facts, *, on_cuda: bool, devices: int, dtype: str
     ) -> None:
         self._on_cuda, self._devices = on_cuda, devices
         self._clock: Any = _CudaClock() if on_cuda else _HostClock()
         self._peak = vendor_peak(facts.device_name, dtype)
         self._flops: TrainingFlops | None = training_flops(model) if self._peak is not None else None
         # a loss that was not swapped always builds them, and nobody counts
-        self._counts = report.counts if report.places("loss") else None
+        self._counts = report.counts if report is not None and report.places("loss") else None
         self._logits_before = self._logits()
         self._step: _Step | None = None
         self._open: deque[_Step] = deque()

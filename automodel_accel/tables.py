@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 WIDTH = 118
-NARROW = ("fusion", "places", "kernel", "calls")  # columns that are never wrapped
+NARROW = ("variant", "fusion", "places", "kernel", "calls")  # columns that are never wrapped
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,9 +1,8 @@
-"""Chat rows: read them, hold some out, and turn them into tokens with the loss on the assistant's answers alone.
+"""Chat rows: read them, and turn them into tokens with the loss on the assistant's answers alone.
 
 A row is a conversation, a list of {"role": ..., "content": ...}, as in the column "messages" of chat datasets.
 """
 
-import importlib.util
 import json
 import random
 from dataclasses import dataclass
@@ -11,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jinja2 import TemplateError
 
-Row = list[dict[str, str]]
+from automodel_accel.demo.chatterbot import Row, question_and_answer
 
 SHAPES = '{"messages": [{"role": "user", "content": "..."}, ...]} or {"prompt": "...", "completion": "..."}'
-TOPICS = ("tech_support", "trivia", "science", "computers")
 IGNORED = -100  # the label that the loss leaves out
 
 
@@ -27,30 +24,6 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
-
-
-def chatterbot_rows() -> list[Row]:
-    """Questions and answers on four English topics, as they stand in the package chatterbot-corpus (BSD-3 licence).
-
-    Raises:
-        ValueError: the package is not installed.
-    """
-    spec = importlib.util.find_spec("chatterbot_corpus")
-    if spec is None:
-        raise ValueError(
-            "the default data comes in the package chatterbot-corpus; `pip install` it, or name a file with --data."
-        )
-    folder = Path(next(iter(spec.submodule_search_locations or ()))) / "data" / "english"
-    rows = []
-    for topic in TOPICS:
-        corpus = yaml.safe_load((folder / f"{topic}.yml").read_text(encoding="utf-8"))
-        rows += [question_and_answer(str(turns[0]), str(turns[1])) for turns in corpus["conversations"]]
-    return rows
-
-
-def question_and_answer(question: str, answer: str) -> Row:
-    """A row of two turns."""
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -98,27 +71,6 @@ def _messages(messages: object, where: str) -> Row:
         came = ", ".join(map(repr, roles)) or "none"
         raise ValueError(f'{where}: the roles are {came}; expected an "assistant" after at least one "user".')
     return row
-
-
-def answers(row: Row) -> list[str]:
-    """What the assistant says in a row."""
-    return [message["content"] for message in row if message["role"] == "assistant"]
-
-
-def split_by_answer(rows: list[Row], share: float, limit: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Hold out a share of the distinct rows, at most `limit`. No answer text stands in both parts.
-
-    Rows that share an answer with a held-out row are dropped from the training part: with them, the held-out loss would
-    measure memory instead of learning.
-
-    Returns:
-        The training rows, in their order and with their repetitions, and the held-out rows, each once.
-    """
-    distinct = list({json.dumps(row): row for row in rows}.values())
-    random.Random(seed).shuffle(distinct)
-    held_out = distinct[: min(limit, max(1, int(len(distinct) * share)))]
-    unseen = {answer for row in held_out for answer in answers(row)}
-    return [row for row in rows if unseen.isdisjoint(answers(row))], held_out
 
 
 def examples(rows: list[Row], tokenizer: Any, max_length: int) -> list[Example]:

@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import compare
-import smollm2
 import torch
 import transformers
-from chat_data import IGNORED, Example, Row, batches, chatterbot_rows, collate, examples, read_rows, split_by_answer
+from chat_data import IGNORED, Example, Row, batches, collate, examples, read_rows
 from memory import memory_in_use, peak_memory
 from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import automodel_accel as accel
+from automodel_accel.demo.chatterbot import chatterbot_rows, split_by_answer
+from automodel_accel.demo.smollm2 import packaged_model
 
 SEED = 0
 HELD_OUT_SHARE, HELD_OUT_LIMIT = 0.1, 40  # of the distinct rows
@@ -235,7 +236,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # between peft and transformers
     torch.set_num_threads(options.threads)
     try:
-        options.model = options.model or str(smollm2.packaged_model())
+        options.model = options.model or str(packaged_model())
         job = prepare(options) if options.variant else None
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,6 @@ gets two thirds of them right.
 """
 
 import argparse
-import importlib
 import json
 import sys
 import time
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -27,17 +25,12 @@ import automodel_accel as accel
 from automodel_accel.data.vision import VisionData
 from automodel_accel.data.vision_collate import VisionCollate
 from automodel_accel.data.vision_settings import Llava
+from automodel_accel.demo import easy_vqa
+from automodel_accel.demo.tiny_llava import build_model, build_processor
 from automodel_accel.freezing import summary
 
 SEED = 0
-SIDE, PATCH, WIDTH = 64, 8, 96  # pixels of a picture's side and of a patch's; features of a token
 PEAK_LEARNING_RATE = 2e-3
-# an image, the words of the question, and the answer up to the token that ends it
-TEMPLATE = (
-    "{% for message in messages %}{% for part in message.content %}"
-    "{{ '<image>' if part.type == 'image' else part.text }} "
-    "{% endfor %}{{ '<eos>' if message.role == 'assistant' else '' }}{% endfor %}"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +84,7 @@ def arguments() -> argparse.Namespace:
 def prepare(options: argparse.Namespace) -> Job:
     """The model, its processor, and the data in LLaVA's format."""
     options.output.mkdir(parents=True, exist_ok=True)
-    files = [write_rows(options.output, part) for part in ("train", "test")]
+    files = [easy_vqa.folder() / f"{part}.json" for part in easy_vqa.PARTS]
     processor = build_processor(files[0])
     collate = VisionCollate(processor)
     training, testing = (VisionData(Llava(path=str(file))) for file in files)
@@ -103,75 +96,6 @@ def prepare(options: argparse.Namespace) -> Job:
         DataLoader(training, sampler=picked, **shared),
         DataLoader(Subset(testing, asked.tolist()), **shared),
     )
-
-
-def write_rows(folder: Path, part: str) -> Path:
-    """Write the questions of a part as LLaVA's JSON. Raises ValueError where easy-vqa is not installed."""
-    try:
-        package = importlib.import_module("easy_vqa")
-    except ModuleNotFoundError as error:
-        raise ValueError("the data come in the package easy-vqa; `pip install easy-vqa --no-deps`.") from error
-    questions, answers, numbers = getattr(package, f"get_{part}_questions")()
-    paths = getattr(package, f"get_{part}_image_paths")()
-    rows = [
-        {
-            "image": str(Path(paths[number]).resolve()),
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{question}"},
-                {"from": "gpt", "value": answer},
-            ],
-        }
-        for question, answer, number in zip(questions, answers, numbers, strict=True)
-    ]
-    file = folder / f"{part}.json"
-    file.write_text(json.dumps(rows), encoding="utf-8")
-    return file
-
-
-def build_processor(file: Path) -> Any:
-    """A word is a token: every word of the training rows."""
-    said = [turn["value"] for row in json.loads(file.read_text(encoding="utf-8")) for turn in row["conversations"]]
-    words = sorted({word for text in said for word in text.removeprefix("<image>\n").replace("?", " ?").split()})
-    known = {word: number for number, word in enumerate(["<pad>", "<image>", "<eos>", "<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        **{"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"},
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    images = transformers.CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
-    return transformers.LlavaProcessor(
-        *(images, fast),
-        patch_size=PATCH,
-        num_additional_image_tokens=1,
-        vision_feature_select_strategy="default",
-        chat_template=TEMPLATE,
-    )
-
-
-def build_model(processor: Any) -> Any:
-    """0.4 million parameters of random values."""
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        **{"num_hidden_layers": 2, "num_attention_heads": 4, "image_size": SIDE, "patch_size": PATCH},
-    )
-    text = transformers.LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=3 * WIDTH,
-        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
-        vocab_size=len(processor.tokenizer),
-    )
-    config = transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=processor.image_token_id,
-        image_seq_length=(SIDE // PATCH) ** 2,
-        vision_feature_select_strategy="default",
-        vision_feature_layer=-1,
-    )
-    return transformers.LlavaForConditionalGeneration(config)
 
 
 def train(model: Any, batches: DataLoader[Any], steps: int) -> list[float]:

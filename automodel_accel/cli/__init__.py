@@ -3,11 +3,11 @@
 import sys
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from automodel_accel.cli import launching
+from automodel_accel.cli import benching, errors, launching, training
 
 app = typer.Typer(
     name="automodel-accel",
@@ -20,6 +20,9 @@ app = typer.Typer(
 )
 
 
+OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}  # overrides of a recipe
+app.command(epilog=training.EPILOG, context_settings=OPEN)(training.train)
+app.command(epilog=benching.EPILOG, context_settings=OPEN)(benching.bench)
 app.add_typer(launching.app, name="launch")
 
 
@@ -94,7 +97,7 @@ def plan(
         adapted = scale.prepared(build_on_meta(model), dtype, lora)
         found = scale.answer(adapted, chosen, {**job, "mesh": of_mesh}, question)
     except ValueError as error:
-        _fail(str(error))
+        errors.fail(str(error))
     print(dumps(scale.data_of(found), indent=2) if json else scale.text_of(found))
     if explain and not json:
         print(scale.explained(found))
@@ -119,7 +122,7 @@ def merge(
     try:
         print(merge_adapter(adapter, to, base))
     except ValueError as error:
-        _fail(str(error))
+        errors.fail(str(error))
 
 
 @app.command(epilog="Exit code: 0 when everything that is needed is there, 1 when something is missing or too old.")
@@ -149,8 +152,3 @@ def _setting(text: str) -> tuple[str, Any]:
     if not equals:
         raise ValueError(f"--set {text}: expected NAME=VALUE, such as norm=False.")
     return name.strip(), {"true": True, "false": False}.get(value.strip().lower(), value.strip())
-
-
-def _fail(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr)
-    raise typer.Exit(2)

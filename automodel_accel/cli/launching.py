@@ -1,22 +1,27 @@
 """automodel-accel launch: its two commands."""
 
-import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from automodel_accel.cli.errors import fail
+
 app = typer.Typer(
-    help="Run a script on several GPUs, of this machine or of a SLURM cluster.",
+    help="Run a recipe or a script on several GPUs, of this machine or of a SLURM cluster.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Script = Annotated[str, typer.Argument(help="A Python file.", metavar="SCRIPT")]
-Arguments = Annotated[list[str] | None, typer.Argument(help="Its own arguments, after --.", metavar="[-- ARGS...]")]
+Script = Annotated[str, typer.Argument(help="A recipe or a Python file.", metavar="RECIPE|SCRIPT")]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(help="Its own arguments (of a recipe: overrides), after --.", metavar="[-- ARGS...]"),
+]
 
 
 @app.command(
-    epilog="Examples:\n\nautomodel-accel launch slurm train.py --nodes 2 --partition gpu --time 4:00:00 -- --lr 1e-4\n\n"
+    epilog="Examples:\n\nautomodel-accel launch slurm recipe.yaml --nodes 2 --time 4:00:00 -- --optimizer.lr=1e-4\n\n"
+    "automodel-accel launch slurm train.py --nodes 2 --partition gpu --time 4:00:00 -- --lr 1e-4\n\n"
     "automodel-accel launch slurm train.py --nodes 2 --container image.sqsh --mount /data:/data --requeue --dry-run"
 )
 def slurm(
@@ -67,7 +72,7 @@ def slurm(
         )
         print(job.text(folder.absolute()) if dry_run else submit(job, folder), end="" if dry_run else "\n")
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command(epilog="Example:\n\nautomodel-accel launch local train.py --gpus 8 -- --lr 1e-4")
@@ -76,16 +81,11 @@ def local(
     arguments: Arguments = None,
     gpus: Annotated[int, typer.Option(help="Number of processes.")] = 1,
 ) -> None:
-    """Run a script by torchrun on this machine; the exit code is torchrun's."""
+    """Run a recipe or a script by torchrun on this machine; the exit code is torchrun's."""
     from automodel_accel.cli.slurm import run_here
 
     try:
         code = run_here(script, arguments or [], gpus)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     raise typer.Exit(code)
-
-
-def _fail(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr)
-    raise typer.Exit(2)

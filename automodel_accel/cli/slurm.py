@@ -1,4 +1,4 @@
-"""automodel-accel launch: a script on all GPUs of some SLURM nodes, or of this machine, by torchrun."""
+"""automodel-accel launch: a recipe or a script on all GPUs of some SLURM nodes, or of this machine, by torchrun."""
 
 import re
 import shlex
@@ -12,6 +12,7 @@ from pathlib import Path
 
 TORCHRUN = ("-m", "torch.distributed.run")
 GRACE = 15  # seconds before the end of the limit at which processes that have not ended are killed
+RECIPES = (".yaml", ".yml")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SCRIPT = """\
 #!/bin/bash
@@ -51,7 +52,7 @@ class SlurmJob:
     """What is asked of SLURM.
 
     Attributes:
-        script: A Python file.
+        script: A recipe or a Python file.
         arguments: Its own.
         name: Of the job.
         nodes: Number of nodes.
@@ -122,7 +123,7 @@ class SlurmJob:
             torchrun=" ".join(TORCHRUN),
             nodes=self.nodes,
             processes=self.gpus_per_node,
-            command=shlex.join([str(Path(self.script).absolute()), *self.arguments]),
+            command=shlex.join(program(str(Path(self.script).absolute()), self.arguments)),
             stop_before=self.stop_before,
             requeue=_REQUEUE if self.requeue else "",
         )
@@ -158,13 +159,26 @@ def check_script(script: str) -> None:
     """Whether torchrun can run it.
 
     Raises:
-        ValueError: it is no Python file, or it is not there.
+        ValueError: it is neither a recipe nor a Python file, or it is not there.
     """
     path = Path(script)
-    if path.suffix in (".yaml", ".yml"):
-        raise ValueError(f"{script}: recipes cannot be launched yet; give the Python script that trains.")
-    if path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"{script}: expected a Python file that is there.")
+    if path.suffix not in (".py", *RECIPES) or not path.is_file():
+        raise ValueError(f"{script}: expected a recipe (.yaml) or a Python file that is there.")
+
+
+def program(script: str, arguments: Sequence[str]) -> list[str]:
+    """What torchrun is given: a Python file, or for a recipe the command that trains it.
+
+    Raises:
+        ValueError: a recipe that cannot be read: better here than when the job begins.
+    """
+    if Path(script).suffix not in RECIPES:
+        return [script, *arguments]
+    from automodel_accel.cli.training import as_overrides
+    from automodel_accel.recipes.recipe import load
+
+    load(Path(script), as_overrides(arguments))
+    return ["-m", "automodel_accel", "train", script, *arguments]
 
 
 def submit(job: SlurmJob, folder: Path) -> str:
@@ -195,10 +209,10 @@ def run_here(script: str, arguments: Sequence[str], processes: int) -> int:
     """Run a script by torchrun on this machine; returns its exit code.
 
     Raises:
-        ValueError: it is no Python file, or fewer than one process is asked for.
+        ValueError: it is nothing that torchrun can run, or fewer than one process is asked for.
     """
     check_script(script)
     if processes < 1:
         raise ValueError(f"--gpus is {processes}; expected 1 or more.")
-    command = [sys.executable, *TORCHRUN, "--standalone", "--nproc-per-node", str(processes), script, *arguments]
-    return subprocess.run(command, check=False).returncode
+    command = [sys.executable, *TORCHRUN, "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run([*command, *program(script, arguments)], check=False).returncode

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from automodel_accel.data.settings import RowData, SquadData
+from automodel_accel.demo import is_demo, resolve
 from automodel_accel.kernels.facts import this_machine
 
 Row = dict[str, Any]
@@ -26,7 +27,7 @@ def open_rows(settings: RowData) -> Any:
     Raises:
         ValueError: no such path or data set, no rows, files of several kinds or that are damaged, or datasets is not installed.
     """
-    path = Path(settings.path).expanduser()
+    path = located(settings.path)
     if path.exists():
         rows = _local(settings, path)
     elif _means_a_path(settings.path):
@@ -43,6 +44,15 @@ def open_rows(settings: RowData) -> Any:
     if isinstance(rows, list):
         return rows[: settings.limit]
     return rows.take(settings.limit) if is_streamed(rows) else rows.select(range(min(settings.limit, len(rows))))
+
+
+def located(path: str) -> Path:
+    """The file or folder that a path means; one that is not there may be a name on the hub.
+
+    Raises:
+        ValueError: an unknown name of a demo, or a package that it takes is not installed.
+    """
+    return resolve(path) if is_demo(path) else Path(path).expanduser()
 
 
 def is_streamed(rows: Any) -> bool:

@@ -16,6 +16,8 @@ class _Source:
         split: Of a name or a folder, in the notation of `datasets`, such as "train[:1%]".
         images: The folder that names of images are relative to; None is the folder of the file. For local files.
         limit: At most so many rows, the first ones; None takes all.
+        shuffle: Whether rows come in a new order each epoch.
+        seed: Of these orders.
         strict: Stop at a row that cannot be used; otherwise it is counted, and the next one that can takes its place.
     """
 
@@ -23,6 +25,8 @@ class _Source:
     split: str = "train"
     images: Path | None = None
     limit: int | None = None
+    shuffle: bool = True
+    seed: int = 42
     strict: bool = False
 
     def __post_init__(self) -> None:

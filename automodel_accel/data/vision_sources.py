@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from automodel_accel.data.sources import located
 from automodel_accel.data.vision_settings import VisionSettings
 from automodel_accel.kernels.facts import this_machine
 
@@ -19,7 +20,7 @@ def open_rows(settings: VisionSettings) -> tuple[Rows, Path | None]:
     Raises:
         ValueError: no such file, a file of another format, no rows, or the package `datasets` is needed and not installed.
     """
-    path = Path(settings.path).expanduser()
+    path = _file_of(settings)
     if path.suffix in (".json", ".jsonl"):
         rows: Rows = _read_json(path)
         folder: Path | None = settings.images or path.parent
@@ -30,6 +31,13 @@ def open_rows(settings: VisionSettings) -> tuple[Rows, Path | None]:
     if settings.limit is None or settings.limit >= len(rows):
         return rows, folder
     return (rows[: settings.limit] if isinstance(rows, list) else _first(rows, settings.limit)), folder
+
+
+def _file_of(settings: VisionSettings) -> Path:
+    """Of a folder with JSON files named after splits, that of the split."""
+    path = located(settings.path)
+    named = [path / f"{settings.split}{ending}" for ending in (".json", ".jsonl")] if path.is_dir() else []
+    return next((file for file in named if file.is_file()), path)
 
 
 def _read_json(path: Path) -> list[Mapping[str, Any]]:

@@ -158,7 +158,7 @@ class Recipe:
     Attributes:
         model: What is trained.
         data: What it learns from.
-        validation: What it is held against, by names.
+        validation: What it is held against, by names; null for nothing.
         batching: How samples become batches.
         accel: What `apply` is asked for; false trains plain transformers.
         lora: Adapters; without, the whole model is trained.
@@ -175,7 +175,7 @@ class Recipe:
 
     model: Model
     data: TextSource | VisionSource
-    validation: dict[str, TextSource | VisionSource] = field(default_factory=dict)
+    validation: dict[str, TextSource | VisionSource] | None = None
     batching: Batching = field(default_factory=Batching)
     accel: AccelConfig | Literal[False] = field(default_factory=AccelConfig)
     lora: Lora | None = None
@@ -197,7 +197,7 @@ class Recipe:
         if self.accel is False and self.distillation is not None:
             raise ValueError("distillation is one of accel's operations, and accel is false; leave one of them out.")
         has_images = isinstance(self.data, VISION_KINDS)
-        others = [name for name, one in self.validation.items() if isinstance(one, VISION_KINDS) != has_images]
+        others = [name for name, one in self.held_out.items() if isinstance(one, VISION_KINDS) != has_images]
         if others:
             raise ValueError(f"validation.{others[0]} and data: one has images and the other does not.")
         if self.model.quantize and self.lora is None:
@@ -207,6 +207,11 @@ class Recipe:
     def has_images(self) -> bool:
         """Whether the data are chats with images."""
         return isinstance(self.data, VISION_KINDS)
+
+    @property
+    def held_out(self) -> dict[str, TextSource | VisionSource]:
+        """The validation sets by their names."""
+        return self.validation or {}
 
     def accel_config(self) -> AccelConfig:
         """What `apply` is asked for, fp8 included; accel is not False."""

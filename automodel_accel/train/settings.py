@@ -18,6 +18,7 @@ class Training:
         validate_every: Steps between two validations; None validates at the end alone.
         autocast: The dtype in which torch's autocast computes; None: in that of the parameters.
         label_smoothing: Share of the target that is spread evenly over the vocabulary.
+        validate_at_start: Whether the untrained model is validated too, to compare with.
         z_loss: Factor on the squared logarithm of the softmax's sum (Chowdhery et al., "PaLM", 2022, section 5); 1e-4 there.
         neftune_noise_alpha: Of the noise on embeddings in training (Jain et al., "NEFTune", 2023); None for none.
         average: Decay of a moving average of the parameters, which is validated and exported then; None for none.
@@ -34,7 +35,8 @@ class Training:
     max_grad_norm: float | None = 1.0
     seed: int = 42
     validate_every: int | None = None
-    autocast: Literal["bfloat16", "float16"] | None = None
+    validate_at_start: bool = True
+    autocast: Literal["bfloat16"] | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     neftune_noise_alpha: float | None = None

@@ -1,13 +1,9 @@
 """automodel-accel launch: the script for sbatch, what a cluster would do with it, and what is said to wrong input."""
 
-import json
 import os
 import shlex
-import signal
 import stat
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -125,8 +121,8 @@ def test_a_refusal_of_sbatch_is_passed_on(script: Path, tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("{folder}/nowhere.py",), "expected a Python file that is there"),
-        (("{folder}/recipe.yaml",), "recipes cannot be launched yet"),
+        (("{folder}/nowhere.py",), "expected a recipe (.yaml) or a Python file that is there"),
+        (("{folder}/nowhere.yaml",), "expected a recipe (.yaml) or a Python file that is there"),
         (("{script}", "--nodes", "0"), "--nodes is 0"),
         (("{script}", "--env", "2X=1"), "expected NAME=VALUE"),
         (("{script}", "--env", "X"), "expected NAME=VALUE"),
@@ -146,43 +142,18 @@ def test_wrong_input_is_one_sentence(script: Path, arguments: tuple[str, ...], e
 
 
 def test_local_takes_the_same_scripts_only(tmp_path: Path) -> None:
-    result = run("local", str(tmp_path / "recipe.yaml"))
+    result = run("local", str(tmp_path / "recipe.txt"))
     assert result.exit_code == 2
-    assert "recipes cannot be launched yet" in result.stderr
+    assert "expected a recipe (.yaml) or a Python file that is there" in result.stderr
 
 
-@pytest.mark.slow
-def test_two_nodes_of_a_cluster(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole script, by stand-ins for srun and scontrol: arguments arrive, the signal does, and the job is queued again."""
-    tool(tmp_path / "bin", "srun", SRUN)
-    tool(tmp_path / "bin", "scontrol", SCONTROL)
-    options = ("--nodes", "2", "--gpus-per-node", "1", "--env", "GREETING=it's $5", "--requeue", "--stop-before", "40")
-    path = tmp_path / "job.sbatch"
-    path.write_text(sbatch_script(script, *options, "--python", sys.executable, arguments=(*HARD, "--wait")))
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    for variable, value in (("SLURM_JOB_ID", os.getpid()), ("SLURM_JOB_NODELIST", "n[1-2]"), ("FAKE_NODES", 2)):
-        monkeypatch.setenv(variable, str(value))
-    monkeypatch.setenv("FAKE_OUT", str(tmp_path))
-    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
-    job = subprocess.Popen(["bash", str(path)])
-    try:
-        wait_for([tmp_path / f"{rank}.json" for rank in range(2)], job)
-        job.send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=60) == 0
-    finally:
-        job.kill()
-    for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert found["arguments"] == [*HARD, "--wait"]
-        assert (found["WORLD_SIZE"], found["LOCAL_WORLD_SIZE"]) == ("2", "1")
-        assert found["GREETING"] == "it's $5"
-        assert found["stopped"]
-    assert (tmp_path / "log").read_text().splitlines() == ["--kill-on-bad-exit=1", f"requeue {os.getpid()}"]
-
-
-def wait_for(paths: list[Path], job: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 120
-    while not all(path.exists() and path.stat().st_size for path in paths):
-        assert job.poll() is None, f"the job ended with {job.returncode}"
-        assert time.monotonic() < end, "no worker has started"
-        time.sleep(0.1)
+def test_a_recipe_is_trained_by_the_command(tmp_path: Path) -> None:
+    """And read before it is queued: an override that there is not is no matter for the night."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {path: org/name}\ndata: {kind: mock, vocab_size: 9}\n")
+    told = run("slurm", str(recipe), "--nodes", "2", "--dry-run", "--", "--optimizer.lr=1e-3")
+    assert told.exit_code == 0, told.output
+    assert f"    -m automodel_accel train {recipe} --optimizer.lr=1e-3 &\n" in told.stdout
+    wrong = run("slurm", str(recipe), "--dry-run", "--", "--optimizer.lrr=1")
+    assert wrong.exit_code == 2
+    assert "Did you mean 'lr'?" in wrong.stderr

@@ -68,19 +68,6 @@ def test_examples_that_are_too_long_are_left_out_whole(tokenizer: Any) -> None:
     assert short == chat_data.examples(rows[:1], tokenizer, max_length=1000)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_no_answer_stands_in_both_parts(seed: int) -> None:
-    rows = rows_of(*((f"question {n}", f"answer {n % 7}") for n in range(40))) * 3
-    rows += [rows[0] + rows[5], rows[1] + rows[9]]
-    training, held_out = chat_data.split_by_answer(rows, share=0.1, limit=3, seed=seed)
-    seen = {answer for row in training for answer in chat_data.answers(row)}
-    unseen = {answer for row in held_out for answer in chat_data.answers(row)}
-    assert training
-    assert len(held_out) == 3
-    assert seen.isdisjoint(unseen)
-    assert len({json.dumps(row) for row in held_out}) == len(held_out)
-
-
 def test_every_row_is_used_before_any_is_used_again() -> None:
     data = [chat_data.Example([n], [n]) for n in range(10)]
     order = [example.input_ids[0] for batch in chat_data.batches(data, 4, 5, seed=0) for example in batch]
