@@ -47,6 +47,8 @@ class Checkpoints:
         keep_best: How many of the best by `metric` stay beside these.
         metric: A name in the metrics of `save`.
         greater_is_better: Whether that metric is the better the greater it is.
+        frozen: Whether parameters that do not train are saved too. Without them a checkpoint of adapters is small, and is loaded into
+            a model whose other parameters have their values already.
         asynchronous: Whether a thread writes, from copies, while training goes on.
         signals: Names of signals that `stop_requested` tells of, such as "SIGTERM", and "SIGUSR1" where SLURM is asked to send it.
         ranks: How the processes are laid out; without, each is taken to read rows of its own.
@@ -64,6 +66,7 @@ class Checkpoints:
         keep_best: int = 0,
         metric: str = "loss",
         greater_is_better: bool = False,
+        frozen: bool = True,
         asynchronous: bool = True,
         signals: Sequence[str] = ("SIGTERM",),
         ranks: Ranks | None = None,
@@ -76,7 +79,7 @@ class Checkpoints:
             )
         self.folder = Path(folder).absolute()
         self._keep = Keep(keep_last, keep_best, metric, greater_is_better)
-        self._ranks = ranks
+        self._ranks, self._frozen = ranks, frozen
         self._together: Agreement[Any] = Agreement(timeout_minutes)
         self._writing: Agreement[Any] = Agreement(timeout_minutes)  # used by the thread, so a group of its own
         self._stopping = Stopping(signals, self._together.group)
@@ -124,11 +127,12 @@ class Checkpoints:
         plain: dict[str, Any] = {}
 
         def look() -> tuple[int, int, dict[str, dict[Part, int]]]:
-            tensors["model"] = state.named_tensors(model)
+            tensors["model"] = state.named_tensors(model, self._frozen)
             of_optimizers = state.optimizer_state(model, optimizers)
             tensors["optimizer"] = of_optimizers.tensors
             plain["of_run"] = {
                 "config": state.config_class(model),
+                "frozen": self._frozen,
                 "optimizers": of_optimizers.plain,
                 "scheduler": None if scheduler is None else encode(scheduler.state_dict(), "scheduler"),
                 "extra": encode(extra, "extra"),

@@ -89,7 +89,7 @@ def read_tensors(
     Raises:
         ValueError: it is another model, or others are its optimizers; says in what.
     """
-    here = state.named_tensors(model)
+    here = state.named_tensors(model, saved.get("frozen", True))
     if wrong := state.differences(model, here, {"config": saved["config"], "tensors": stores["model"]}):
         raise ValueError(f"{entry.folder} is of another model: {'; '.join(wrong)}.")
     targets = {}

@@ -28,22 +28,34 @@ def plain_model(model: nn.Module) -> nn.Module:
     return plain_model(inside) if wrapped and inside is not None else model
 
 
-def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def named_tensors(model: nn.Module, frozen: bool = True) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by their names without wrappers; a tied one once, by its first name.
+
+    Args:
+        model: As it trains.
+        frozen: Whether parameters that do not train are among them.
 
     Raises:
         ValueError: the model has state that is no tensor.
     """
     state = get_model_state_dict(model)  # it also has FSDP2 put sharded parameters back
     tied, found = tied_names(model), {}
+    left_out = set() if frozen else frozen_names(model)
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             if value is None or name.endswith("_extra_state"):
                 continue
             raise ValueError(f"{name} of the model is a {type(value).__name__}; a checkpoint holds tensors.")
-        if (plain := plain_name(name)) not in tied:
+        if (plain := plain_name(name)) not in tied and plain not in left_out:
             found[plain] = value
     return found
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """Of the parameters that do not train."""
+    return {
+        plain_name(name) for name, parameter in plain_model(model).named_parameters() if not parameter.requires_grad
+    }
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

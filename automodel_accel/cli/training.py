@@ -106,6 +106,9 @@ def _end(folder: Path, outcome: Any, file: Path) -> str:
 
 
 def _under_torchrun(processes: int, recipe: Path, arguments: Sequence[str]) -> int:
+    from automodel_accel.recipes.recipe import load
+
+    load(recipe, as_overrides(arguments))  # its errors once, and before anything starts
     command = [sys.executable, *TORCHRUN, "--nproc-per-node", str(processes), "-m", "automodel_accel"]
     ended = subprocess.run([*command, "train", str(recipe), *arguments], check=False)
     return ended.returncode
@@ -116,6 +119,7 @@ def _speak() -> None:
     from transformers.utils import logging as talk
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names kernels that it does not have
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     talk.set_verbosity_error()  # type: ignore[no-untyped-call]
     talk.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -66,6 +66,7 @@ def build(recipe: Recipe, ranks: Ranks) -> Run:
         data=data,
         validation=validation,
         teacher=_teacher(recipe, ranks),
+        saves_frozen=recipe.model.weights == "random",
         divides_itself=takes_num_items(model),
         tokenizer=tokenizer,
     )

@@ -12,6 +12,7 @@ from automodel_accel.api import report
 from automodel_accel.checkpoint import export
 from automodel_accel.kernels.facts import this_machine
 from automodel_accel.parallel.mesh import Ranks
+from automodel_accel.patches.retype import original_class
 from automodel_accel.recipes.building import build
 from automodel_accel.recipes.filling import to_plain, to_yaml
 from automodel_accel.recipes.reading import parse
@@ -88,8 +89,10 @@ def summary(run: Run) -> str:
     """A few lines on what begins."""
     trained = sum(one.numel() for one in run.model.parameters() if one.requires_grad)
     every = sum(one.numel() for one in run.model.parameters())
-    name = type(run.model).__name__ if run.report is None else run.report.plan.model
-    lines = [f"{name}: {trained:,} of {every:,} parameters train, on {run.device}"]
+    inner: Any = run.model
+    adapted = hasattr(inner, "get_base_model")
+    made = original_class(inner.get_base_model() if adapted else inner).__name__.removeprefix("FSDP")
+    lines = [f"{made}{' with adapters' * adapted}: {trained:,} of {every:,} parameters train, on {run.device}"]
     if run.report is not None:
         done = run.report
         lines.append(

@@ -148,6 +148,7 @@ def _checkpoints(run: Run) -> Checkpoints:
         keep_last=saving.keep_last,
         keep_best=saving.keep_best,
         metric="val_loss" if run.validation else "loss",
+        frozen=run.saves_frozen,
         asynchronous=saving.asynchronous,
         signals=saving.signals,
         ranks=run.ranks,

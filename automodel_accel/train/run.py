@@ -36,6 +36,7 @@ class Run:
         data: Batches of this rank, with `state_dict`, `load_state_dict` and `epoch`.
         validation: Batches to validate on, by names.
         teacher: That of a distillation, whose `loss` is taken then.
+        saves_frozen: Whether checkpoints hold the parameters that do not train; they need not where these come from a file.
         divides_itself: Whether the model takes `num_items_in_batch`; else its mean is weighted.
         tokenizer: Tokenizer or processor, written beside the exported model; None where there is none.
     """
@@ -57,6 +58,7 @@ class Run:
     data: Any
     validation: Mapping[str, Any] = field(default_factory=dict)
     teacher: Any = None
+    saves_frozen: bool = True
     divides_itself: bool = True
     tokenizer: Any = None
 
