@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from automodel_accel.cli import benching, errors, launching, training
+from automodel_accel.cli import benching, converting, errors, launching, training
 
 app = typer.Typer(
     name="automodel-accel",
@@ -23,6 +23,7 @@ app = typer.Typer(
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}  # overrides of a recipe
 app.command(epilog=training.EPILOG, context_settings=OPEN)(training.train)
 app.command(epilog=benching.EPILOG, context_settings=OPEN)(benching.bench)
+app.command(name="convert-recipe", epilog=converting.EPILOG)(converting.convert_recipe)
 app.add_typer(launching.app, name="launch")
 
 
