@@ -91,12 +91,13 @@ def plan(
             print(_swaps(build_on_meta(model), chosen, json))
             return
         job = {"rows": batch_size, "length": seq_len, "accumulate": accumulate, "sync": sync, "optimizer": optimizer}
+        import automodel_accel
         from automodel_accel.cli import scale
 
         question = scale.Question(gib=memory, reserve=reserve, bandwidth=scale.bandwidth_of(bandwidth or ()))
         of_mesh = scale.mesh_of(mesh)
         adapted = scale.prepared(build_on_meta(model), dtype, lora)
-        found = scale.answer(adapted, chosen, {**job, "mesh": of_mesh}, question)
+        found = scale.answer(adapted, automodel_accel.plan(adapted, chosen), {**job, "mesh": of_mesh}, question)
     except ValueError as error:
         errors.fail(str(error))
     print(dumps(scale.data_of(found), indent=2) if json else scale.text_of(found))
