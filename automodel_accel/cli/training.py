@@ -76,8 +76,10 @@ def _train(recipe: Path, overrides: list[str], print_config: bool, dry_run: bool
     if dry_run or tiny:
         from automodel_accel.recipes.dry_run import dry_run as tried
 
-        print(tried(chosen, tiny=tiny, world_size=processes))
-        return
+        _speak()
+        found = tried(chosen, tiny=tiny, world_size=processes)
+        print(found)
+        raise typer.Exit(found.exit_code)
     _run(chosen, recipe)
 
 

@@ -8,6 +8,7 @@ import numpy
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers.integrations.neftune import activate_neftune
 
 from automodel_accel.api import find_report
 from automodel_accel.data import open_data
@@ -18,6 +19,8 @@ from automodel_accel.recipes.filling import to_plain
 from automodel_accel.recipes.loading import device_of, load_model, load_teacher, load_tokenizer
 from automodel_accel.recipes.recipe import Recipe
 from automodel_accel.train.average import ParameterAverage
+from automodel_accel.train.distillation import Teacher
+from automodel_accel.train.losses import set_loss
 from automodel_accel.train.run import Run
 
 
@@ -113,13 +116,9 @@ def prepare_loss(recipe: Recipe, model: nn.Module) -> None:
     """Label smoothing, z-loss and noise on embeddings, where the recipe wants them."""
     chosen = recipe.training
     if chosen.label_smoothing or chosen.z_loss:
-        from automodel_accel.train.losses import set_loss
-
         set_loss(model, label_smoothing=chosen.label_smoothing, z_loss=chosen.z_loss)
     if chosen.neftune_noise_alpha is not None:
-        from automodel_accel.train.noise import activate_noise
-
-        activate_noise(model, chosen.neftune_noise_alpha)
+        activate_neftune(model, chosen.neftune_noise_alpha)  # type: ignore[no-untyped-call]
 
 
 def _epochs(recipe: Recipe) -> int | None:
@@ -144,8 +143,6 @@ def _in_order(source: Any) -> Any:
 def _teacher(recipe: Recipe, ranks: Ranks) -> Any:
     if recipe.distillation is None:
         return None
-    from automodel_accel.train.distillation import Teacher
-
     wanted = recipe.distillation
     return Teacher(load_teacher(wanted.teacher, ranks), wanted.weight, wanted.temperature)
 
