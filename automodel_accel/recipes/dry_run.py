@@ -56,6 +56,7 @@ from automodel_accel.recipes.telling import (
     steps_of,
     trained_line,
     trial_line,
+    wrapped,
 )
 from automodel_accel.recipes.tiny import UnknownModel
 from automodel_accel.recipes.trial import Trial, try_out
@@ -92,7 +93,8 @@ class DryRun:
     def __str__(self) -> str:
         rows = [(one.kind, one.where, one.said) for one in self.problems]
         found = "\n" + table("Found", ("", "where", "what"), rows) if rows else ""
-        return f"{self.title}\n\n{sheet(self.lines)}\n{found}\n{self._end()}"
+        title = "\n".join(wrapped(self.title))
+        return f"{title}\n\n{sheet(self.lines)}\n{found}\n{self._end()}"
 
     def _end(self) -> str:
         kinds = Counter(problem.kind for problem in self.problems)

@@ -118,17 +118,18 @@ def batch_line(recipe: Recipe, mesh: Mesh, accumulate: int) -> Line:
     """Rows and tokens of a step."""
     batching, ranks = recipe.batching, mesh.replicate * mesh.shard
     rows = recipe.training.global_batch_size
-    at_most = "" if batching.packing else "at most "
+    packs = batching.packing and not recipe.has_images  # images stay with their text, a sample a row
+    at_most = "" if packs else "at most "
     text = (
         f"{rows} rows of {at_most}{batching.seq_length:,} tokens a step, {at_most}{rows * batching.seq_length:,} tokens, "
-        f"{'packed' if batching.packing else 'padded'}\n{many(batching.batch_size, 'row')} x {many(accumulate, 'micro-batch')} "
+        f"{'packed' if packs else 'padded'}\n{many(batching.batch_size, 'row')} x {many(accumulate, 'micro-batch')} "
         f"x {many(ranks, 'data rank')}"
     )
     data = {
         "rows": rows,
         "seq_length": batching.seq_length,
         "batch_size": batching.batch_size,
-        "packing": batching.packing,
+        "packing": packs,
     }
     return Line("batch", text, {**data, "micro_batches": accumulate, "data_ranks": ranks})
 
@@ -211,8 +212,9 @@ def logging_line(recipe: Recipe) -> Line:
     text = f"{every}: " + ", ".join(["the console", "training.jsonl", *recipe.logging.trackers])
     if recipe.held_out:
         when = recipe.training.validate_every
-        often = "at the end" if when is None else f"every {many(when, 'step')}"
-        text += f"\nvalidated on {', '.join(recipe.held_out)} {often}"
+        often = [] if when is None else [f"every {many(when, 'step')}"]
+        often = ["at the start"] * recipe.training.validate_at_start + often + ["at the end"]
+        text += f"\nvalidated on {', '.join(recipe.held_out)} {', '.join(often)}"
     data = {"every": recipe.logging.every, "trackers": list(recipe.logging.trackers)}
     return Line("logs", text, {**data, "validate_every": recipe.training.validate_every})
 
@@ -247,15 +249,19 @@ def trial_line(trial: Trial) -> Line:
 
 def sheet(lines: Sequence[Line]) -> str:
     """Names and what is said of them, side by side, as wide as the terminal."""
-    from rich.console import Console
-
     margin = max((len(line.name) for line in lines), default=0) + 3
-    width = min(Console().width, WIDTH) - margin
     rows: list[str] = []
     for line in lines:
-        said = [part for text in line.said.splitlines() for part in textwrap.wrap(text, width)]
+        said = [part for text in line.said.splitlines() for part in wrapped(text, margin)]
         rows += [f"{line.name if not number else '':{margin}}{part}" for number, part in enumerate(said)]
     return "\n".join(rows)
+
+
+def wrapped(text: str, margin: int = 0) -> list[str]:
+    """Lines that fit the terminal beside a margin."""
+    from rich.console import Console
+
+    return textwrap.wrap(text, min(Console().width, WIDTH) - margin)
 
 
 def many(number: int, what: str) -> str:
