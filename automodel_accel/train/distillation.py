@@ -44,7 +44,8 @@ class Teacher:
             said = self.model(**batch).logits
         outputs = student(**batch, num_items_in_batch=items)
         apart = divergence(outputs.logits, said, label_mask(batch), self.temperature) / items
-        return (1 - self.weight) * outputs.loss + self.weight * apart
+        total: torch.Tensor = (1 - self.weight) * outputs.loss + self.weight * apart
+        return total
 
 
 def label_mask(batch: Mapping[str, Any]) -> torch.Tensor:
@@ -52,4 +53,5 @@ def label_mask(batch: Mapping[str, Any]) -> torch.Tensor:
     shifted = batch.get("shift_labels")
     if shifted is None:
         shifted = F.pad(batch["labels"], (0, 1), value=IGNORED)[..., 1:]
-    return shifted != IGNORED  # type: ignore[no-any-return]
+    counted: torch.Tensor = shifted != IGNORED
+    return counted
