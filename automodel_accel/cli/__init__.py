@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from automodel_accel.cli import benching, converting, errors, launching, training
+from automodel_accel.cli import (
+    benching,
+    converting,
+    errors,
+    evaluating,
+    exporting,
+    generating,
+    launching,
+    training,
+)
 
 app = typer.Typer(
     name="automodel-accel",
@@ -23,6 +32,9 @@ app = typer.Typer(
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}  # overrides of a recipe
 app.command(epilog=training.EPILOG, context_settings=OPEN)(training.train)
 app.command(epilog=benching.EPILOG, context_settings=OPEN)(benching.bench)
+app.command(name="eval", epilog=evaluating.EPILOG, context_settings=OPEN)(evaluating.evaluate)
+app.command(epilog=generating.EPILOG)(generating.generate)
+app.command(epilog=exporting.EPILOG)(exporting.export)
 app.command(name="convert-recipe", epilog=converting.EPILOG)(converting.convert_recipe)
 app.add_typer(launching.app, name="launch")
 

@@ -156,6 +156,17 @@ class Distillation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Data alone, as a command line gives it.
+
+    Attributes:
+        data: As in a recipe.
+    """
+
+    data: TextSource | VisionSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """One run.
 
