@@ -163,6 +163,8 @@ def _share(decay: float) -> float:
 
 
 def _model(model: Model, path: Path, task: str, changed: list[str]) -> Model:
+    if model.trust_remote_code:
+        changed.append("trust_remote_code: the class of transformers is tried, not the model's own code")
     attention = model.attn_implementation
     if attention is not None and attention not in ("sdpa", "eager", "flex_attention"):
         changed.append(f"attn_implementation {attention} is checked and not run")

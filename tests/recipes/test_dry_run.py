@@ -89,6 +89,7 @@ def test_it_fits_on_one_screen(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) 
 
 def test_adapters_and_frozen_parts_are_counted(recipe: Recipe) -> None:
     plain = dry_run(replace(recipe, lora=Lora(r=4, target_modules=("q_proj", "o_proj")))).to_dict()
+    assert plain["model"]["parameters"] == PARAMETERS
     assert plain["trained"]["lora_modules"] == 6
     assert plain["trained"]["trained"] == 6 * 4 * (64 + 64)
     frozen = dry_run(replace(recipe, model=replace(recipe.model, freeze=Freezing(embeddings=True)))).to_dict()
@@ -157,6 +158,12 @@ def test_all_problems_are_listed_at_once(recipe: Recipe, monkeypatch: pytest.Mon
 )
 def test_a_problem_names_its_key(recipe: Recipe, change: dict[str, Any], where: str, expected: str) -> None:
     assert expected in errors(dry_run(replace(recipe, **change), world_size=2))[where]
+
+
+def test_a_folder_that_holds_another_run_is_said(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "step_5").mkdir(parents=True)
+    found = dry_run(replace(recipe, checkpoint=Checkpointing(resume="never")))
+    assert "resume is never" in errors(found)["output"]
 
 
 def test_a_name_of_the_hub_without_a_network_leads_to_tiny(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
