@@ -214,7 +214,7 @@ def logging_line(recipe: Recipe) -> Line:
         when = recipe.training.validate_every
         often = [] if when is None else [f"every {many(when, 'step')}"]
         often = ["at the start"] * recipe.training.validate_at_start + often + ["at the end"]
-        text += f"\nvalidated on {', '.join(recipe.held_out)} {', '.join(often)}"
+        text += f"\nvalidated on {', '.join(recipe.held_out)} {' and '.join(often)}"
     data = {"every": recipe.logging.every, "trackers": list(recipe.logging.trackers)}
     return Line("logs", text, {**data, "validate_every": recipe.training.validate_every})
 
