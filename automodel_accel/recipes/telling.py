@@ -1,5 +1,6 @@
 """What a run would be, line by line: each in words, and as plain data."""
 
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from automodel_accel.recipes.trial import Trial
 from automodel_accel.scaling.answers import GIB, Answer, data_of, said
 from automodel_accel.tables import WIDTH
 
+_ADAPTER = re.compile(r"\.(lora_|modules_to_save\.)")
 SMALLEST_SHOWN = 0.05  # GiB
 
 
@@ -55,7 +57,7 @@ class Steps:
 def model_line(recipe: Recipe, model: nn.Module, trial: Trial | None) -> Line:
     """Class, type, size, dtype, and where it comes from."""
     inner = _inner(model)
-    total = sum(one.total for one in summary(model).counts.values())
+    total = sum(one.numel() for name, one in model.named_parameters() if not _ADAPTER.search(name))
     dtype = str(dtype_of(recipe.model)).removeprefix("torch.")
     kind = inner.config.model_type
     if trial is not None:
@@ -71,19 +73,17 @@ def model_line(recipe: Recipe, model: nn.Module, trial: Trial | None) -> Line:
 def trained_line(recipe: Recipe, model: nn.Module) -> Line:
     """Which parameters train, of all."""
     found = summary(model)
-    total = sum(one.total for one in found.counts.values())
     adapters = sum(hasattr(module, "lora_A") for module in model.modules())
-    total_with, trained = _with_adapters(model)
-    parts = [f"{name} {count(one.total)}" for name, one in found.counts.items() if not one.trainable]
+    every, trained = _with_adapters(model)
     lora = recipe.lora
     how = "all of it" if lora is None else f"LoRA of rank {lora.r}, alpha {lora.lora_alpha:g}, on {adapters} modules"
     if lora is None and recipe.model.freeze.parts():
         how = "without what is frozen"
     frozen = f"\nfrozen: {', '.join(recipe.model.freeze.parts())}" if recipe.model.freeze.parts() else ""
-    text = f"{count(trained)} parameters, {trained / total_with:.2%}: {how}{frozen}"
+    text = f"{count(trained)} parameters, {trained / every:.2%}: {how}{frozen}"
     by_part = {name: {"trained": one.trainable, "all": one.total} for name, one in found.counts.items()}
-    data = {"trained": trained, "all": total_with, "base": total, "lora_modules": adapters, "parts": by_part}
-    return Line("trained", text, {**data, "untrained_parts": parts})
+    data = {"trained": trained, "all": every, "lora_modules": adapters, "parts": by_part}
+    return Line("trained", text, data)
 
 
 def accel_line(served: Plan | None) -> Line:
@@ -214,7 +214,7 @@ def logging_line(recipe: Recipe) -> Line:
         when = recipe.training.validate_every
         often = [] if when is None else [f"every {many(when, 'step')}"]
         often = ["at the start"] * recipe.training.validate_at_start + often + ["at the end"]
-        text += f"\nvalidated on {', '.join(recipe.held_out)} {', '.join(often)}"
+        text += f"\nvalidated on {', '.join(recipe.held_out)} {' and '.join(often)}"
     data = {"every": recipe.logging.every, "trackers": list(recipe.logging.trackers)}
     return Line("logs", text, {**data, "validate_every": recipe.training.validate_every})
 

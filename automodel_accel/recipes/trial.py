@@ -73,10 +73,10 @@ def try_out(recipe: Recipe, folder: Path) -> Trial:
     """
     found, task = find_model(recipe.model, task_of(recipe), folder)
     made = tiny(found.type, dtype=dtype_of(recipe.model))
-    made.model.save_pretrained(folder / MODEL)
-    smaller, changed = _smaller(recipe, task, _vocabulary(made.model), folder)
-    said = io.StringIO()  # the lines and the bar of the loop: the rows say the same
+    said = io.StringIO()  # lines and bars of the loop and of transformers: the rows say the same
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        made.model.save_pretrained(folder / MODEL)
+        smaller, changed = _smaller(recipe, task, _vocabulary(made.model), folder)
         run = build(smaller, smaller.mesh.ranks())
         sees = recipe.has_images and made.has_image
         run.data = _Images(made, smaller, run) if sees else _text(smaller, run)
@@ -163,6 +163,8 @@ def _share(decay: float) -> float:
 
 
 def _model(model: Model, path: Path, task: str, changed: list[str]) -> Model:
+    if model.trust_remote_code:
+        changed.append("trust_remote_code: the class of transformers is tried, not the model's own code")
     attention = model.attn_implementation
     if attention is not None and attention not in ("sdpa", "eager", "flex_attention"):
         changed.append(f"attn_implementation {attention} is checked and not run")
