@@ -70,6 +70,14 @@ class Filled:
         )
 
 
+def check_ranks(data_rank: int, data_size: int, epochs: int | None) -> None:
+    """Raise ValueError where there is no such rank, or no epoch."""
+    if not 0 <= data_rank < data_size:
+        raise ValueError(f"data_rank is {data_rank} of {data_size}; expected 0 to {data_size - 1}.")
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs is {epochs}, expected at least 1, or None for without end.")
+
+
 class Loader:
     """The batches of one rank.
 
@@ -104,10 +112,7 @@ class Loader:
         epochs: int | None = 1,
         counts: Counts | None = None,
     ) -> None:
-        if not 0 <= data_rank < data_size:
-            raise ValueError(f"data_rank is {data_rank} of {data_size}; expected 0 to {data_size - 1}.")
-        if epochs is not None and epochs < 1:
-            raise ValueError(f"epochs is {epochs}, expected at least 1, or None for without end.")
+        check_ranks(data_rank, data_size, epochs)
         self.corpus = corpus
         self.batching = batching
         self.counts = counts or Counts()

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from automodel_accel.data.vision_chats import BadSample, Chat, chat_of
-from automodel_accel.data.vision_images import check_files, with_open_images
+from automodel_accel.data.vision_images import Decoded, check_files, with_open_images
 from automodel_accel.data.vision_settings import VisionSettings
 from automodel_accel.data.vision_sources import open_rows
 
@@ -40,6 +40,7 @@ class VisionData(Dataset[Chat]):
         self._rows, self._folder = open_rows(settings)
         self._check: Callable[[Chat], object] | None = None
         self._named = 0
+        self._decoded = Decoded(settings.cache_mb * 2**20)
         self._verdicts = torch.zeros(len(self._rows), dtype=torch.uint8)
         self._verdicts.share_memory_()  # type: ignore[no-untyped-call]
         if isinstance(self._rows, list):  # in memory already, so that looking at each is cheap
@@ -59,7 +60,7 @@ class VisionData(Dataset[Chat]):
     def check(self) -> int:
         """Decode every image now; returns how many rows are bad."""
         for number in range(len(self._rows)):
-            self._try(number, self._whole)
+            self._try(number, lambda row: self._whole(row, self._check))
         return self.skipped
 
     def __len__(self) -> int:
@@ -67,8 +68,16 @@ class VisionData(Dataset[Chat]):
 
     def __getitem__(self, number: int) -> Chat:
         """The chat of a row, or of the next one that is good, with its images decoded, RGB."""
+        return self.good(number, self._check)
+
+    def good(self, number: int, check: Callable[[Chat], object] | None) -> Chat:
+        """As `data[number]`, of the rows that pass `check`, which raises BadSample.
+
+        Raises:
+            ValueError: there is none; or with `strict`, the row is bad.
+        """
         for step in range(len(self._rows)):
-            chat = self._try((number + step) % len(self._rows), self._whole)
+            chat = self._try((number + step) % len(self._rows), lambda row: self._whole(row, check))
             if chat is not None:
                 return chat
         raise ValueError(
@@ -92,10 +101,10 @@ class VisionData(Dataset[Chat]):
         check_files(chat, self._folder)
         return chat
 
-    def _whole(self, number: int) -> Chat:
-        chat = with_open_images(chat_of(self.settings, self._rows[number]), self._folder)
-        if self._check is not None and self._verdicts[number] == _UNKNOWN:
-            self._check(chat)
+    def _whole(self, number: int, check: Callable[[Chat], object] | None) -> Chat:
+        chat = with_open_images(chat_of(self.settings, self._rows[number]), self._folder, self._decoded)
+        if check is not None and self._verdicts[number] == _UNKNOWN:
+            check(chat)
             self._verdicts[number] = _GOOD
         return chat
 

@@ -42,7 +42,7 @@ def render(processor: Any, chat: Chat, template: str | None = None) -> Rendered:
     try:
         text = _write(processor, shown, template)
         answers = [
-            _answer(processor, shown[: turn + 1], template, text)
+            _answer(processor, shown, turn, template, text)
             for turn, message in enumerate(shown)
             if message["role"] == "assistant"
         ]
@@ -107,14 +107,14 @@ def _write(processor: Any, chat: Sequence[Any], template: str | None, generate: 
     return str(text)
 
 
-def _answer(processor: Any, chat: Sequence[Any], template: str | None, text: str) -> tuple[int, int]:
-    """Of the last message of a chat, which `text` begins with."""
-    ending = _write(processor, chat, template)
+def _answer(processor: Any, chat: Sequence[Any], turn: int, template: str | None, text: str) -> tuple[int, int]:
+    """Of a message of a chat, which is written as `text`."""
+    ending = text if turn == len(chat) - 1 else _write(processor, chat[: turn + 1], template)
     written = ending.rstrip()  # what follows the token that ends the turn is the template's
-    prompt = _write(processor, chat[:-1], template, generate=True)
+    prompt = _write(processor, chat[:turn], template, generate=True)
     start = len(prompt)
     if not ending.startswith(prompt):  # the template writes something else into a prompt, such as where thinking begins
-        said = _said(chat[-1])
+        said = _said(chat[turn])
         start = written.rfind(said)
         if start < 0 or not said:
             raise BadSample("the chat template changes an answer, so that its place is not known")

@@ -12,12 +12,37 @@ from automodel_accel.data.vision_chats import BadSample, Chat
 _BROKEN = (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError)
 
 
-def with_open_images(chat: Chat, folder: Path | None) -> Chat:
+class Decoded:
+    """Images of files, decoded once. The first ones stay: an epoch that does not fit would push each out before it comes again.
+
+    Args:
+        room: Bytes that their pixels may take; what is over is decoded each time.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._images: dict[Path, Image.Image] = {}
+
+    def open(self, file: Path) -> Image.Image:
+        """A copy that is the caller's."""
+        kept = self._images.get(file)
+        if kept is not None:
+            return kept.copy()
+        image = open_image(file)
+        size = image.width * image.height * len(image.getbands())
+        if size <= self._room:
+            self._room -= size
+            self._images[file] = image.copy()
+        return image
+
+
+def with_open_images(chat: Chat, folder: Path | None, decoded: Decoded) -> Chat:
     """The chat with its images decoded, RGB.
 
     Args:
         chat: Not changed.
         folder: What names of files are relative to; None where they come from no local file.
+        decoded: Those of files that are decoded already; gets those that are decoded now.
 
     Raises:
         BadSample: an image that is not there or that does not decode.
@@ -25,7 +50,9 @@ def with_open_images(chat: Chat, folder: Path | None) -> Chat:
     return [
         {
             **message,
-            "content": [_opened(part, folder) if part["type"] == "image" else part for part in message["content"]],
+            "content": [
+                _opened(part, folder, decoded) if part["type"] == "image" else part for part in message["content"]
+            ],
         }
         for message in chat
     ]
@@ -39,8 +66,11 @@ def check_files(chat: Chat, folder: Path | None) -> None:
                 _existing(part["image"], folder)
 
 
-def _opened(part: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    return {**part, "image": open_image(part["image"], folder)}
+def _opened(part: dict[str, Any], folder: Path | None, decoded: Decoded) -> dict[str, Any]:
+    source = part["image"]
+    if isinstance(source, str | Path):
+        return {**part, "image": decoded.open(_existing(source, folder))}
+    return {**part, "image": open_image(source, folder)}
 
 
 def open_image(source: Any, folder: Path | None = None) -> Image.Image:

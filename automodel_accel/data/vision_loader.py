@@ -7,10 +7,11 @@ from typing import Any
 from automodel_accel.data.ahead import made_ahead
 from automodel_accel.data.batches import Batch
 from automodel_accel.data.counts import Counts
-from automodel_accel.data.loader import Filled, Place, State
+from automodel_accel.data.loader import Filled, Place, State, check_ranks
 from automodel_accel.data.sample import IGNORED
 from automodel_accel.data.settings import Batching
 from automodel_accel.data.vision import VisionData
+from automodel_accel.data.vision_chats import BadSample
 from automodel_accel.data.vision_collate import VisionCollate
 from automodel_accel.data.vision_settings import VisionSettings
 from automodel_accel.data.windows import shuffled
@@ -41,9 +42,7 @@ def open_vision_data(
     """
     data = VisionData(settings)
     collate = VisionCollate(processor, max_length=batching.seq_length)
-    return VisionLoader(
-        data.fitting(collate), collate, batching, data_rank=data_rank, data_size=data_size, epochs=epochs
-    )
+    return VisionLoader(data, collate, batching, data_rank=data_rank, data_size=data_size, epochs=epochs)
 
 
 class VisionLoader:
@@ -58,6 +57,9 @@ class VisionLoader:
         data_rank: Which of the ranks that see rows of their own this is.
         data_size: How many there are.
         epochs: How often to go through the data; None for without end.
+
+    Raises:
+        ValueError: no such rank.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class VisionLoader:
         data_size: int = 1,
         epochs: int | None = 1,
     ) -> None:
+        check_ranks(data_rank, data_size, epochs)
         self.data, self.batching, self.epochs = data, batching, epochs
         self.counts, self.filled = Counts(), Filled()
         self._collate, self._rank, self._size = collate, data_rank, data_size
@@ -123,12 +126,13 @@ class VisionLoader:
         self._place, self._ended = Place(**state["place"]), False
 
     def _count(self, batch: Batch) -> None:
-        mask, labels = batch["attention_mask"], batch["labels"]
-        self.filled.rows += len(labels)
-        self.filled.documents += len(labels)
-        self.filled.tokens += int(mask.sum())
-        self.filled.slots += labels.numel()
-        self.filled.label_tokens += int((labels != IGNORED).sum())
+        is_label = batch["labels"] != IGNORED
+        is_sample = is_label.any(1)  # those that fill up the last batch are none
+        self.filled.rows += len(is_label)
+        self.filled.documents += int(is_sample.sum())
+        self.filled.tokens += int(batch["attention_mask"][is_sample].sum())
+        self.filled.slots += is_label.numel()
+        self.filled.label_tokens += int(is_label.sum())
 
     def _rows(self, place: Place) -> Iterator[tuple[int, Place]]:
         """(row, the place behind it) of all ranks' rows together."""
@@ -156,8 +160,11 @@ class VisionLoader:
 
     def _batch(self, numbers: list[int]) -> Batch:
         """Rows by their numbers; filled up with the first row, of which nothing is learned."""
-        missing = self.batching.batch_size - len(numbers)
-        batch: Batch = self._collate([self.data[number] for number in [*numbers, *[0] * missing]])
-        if missing:
-            batch["labels"][len(numbers) :] = IGNORED
+        count = len(numbers)
+        numbers = [*numbers, *[0] * (self.batching.batch_size - count)]
+        try:
+            batch: Batch = self._collate([self.data[number] for number in numbers])
+        except BadSample:  # which one shows when each is looked at by itself, which costs as much again
+            batch = self._collate([self.data.good(number, self._collate.check) for number in numbers])
+        batch["labels"][count:] = IGNORED
         return batch

@@ -18,6 +18,7 @@ class _Source:
         limit: At most so many rows, the first ones; None takes all.
         shuffle: Whether rows come in a new order each epoch.
         seed: Of these orders.
+        cache_mb: Memory, in MiB of each process that reads, for decoded images of files, which need not be decoded again then.
         strict: Stop at a row that cannot be used; otherwise it is counted, and the next one that can takes its place.
     """
 
@@ -27,11 +28,14 @@ class _Source:
     limit: int | None = None
     shuffle: bool = True
     seed: int = 42
+    cache_mb: int = 256
     strict: bool = False
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit}: expected a number of rows of at least 1, or null for all of them.")
+        if self.cache_mb < 0:
+            raise ValueError(f"cache_mb={self.cache_mb}: expected a number of MiB, 0 to keep no image.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
