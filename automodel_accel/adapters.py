@@ -24,7 +24,8 @@ def with_lora(model: nn.Module, config: "peft.LoraConfig | dict[str, Any]") -> p
     Args:
         model: Without adapters. It is changed in place, as by PEFT; `unload()` of what is returned undoes it.
         config: PEFT's, or a dict of its fields; it is copied. A target such as "*_proj" stands for all linears whose last name
-            matches; one with dots is matched against whole names.
+            matches; one with dots is matched against whole names. Excluded modules may hold wildcards too: "*vision*" leaves out
+            all that lies in a module of such a name.
 
     Raises:
         ValueError: the model has adapters, a name matches nothing (with the nearest names), the rank is larger than a layer, or
@@ -93,6 +94,11 @@ def _resolve(config: peft.LoraConfig, model: nn.Module) -> None:
             f"lora: target_modules {targets!r} is a regular expression of whole names, and matches none, such as "
             f"{linears[0] if linears else 'none'}; the last names of linears are {', '.join(_last(linears))}. Give last names as a list."
         )
+    excluded = config.exclude_modules
+    if isinstance(excluded, str) and excluded[:1] == "*":
+        excluded = [excluded]
+    if isinstance(excluded, list | set | tuple):
+        config.exclude_modules = sorted(_excluded(excluded, list(modules)))
     parameters = [name for name, _ in model.named_parameters()]
     for name in config.target_parameters or ():
         if not any(_ends_in(known, name) for known in parameters):
@@ -118,10 +124,29 @@ def _expanded(targets: Iterable[str], modules: list[str], linears: list[str]) ->
         elif "." in target:
             matches = {name for name in linears if fnmatch.fnmatchcase(name, target)}
         else:
-            matches = {last for last in _last(linears) if fnmatch.fnmatchcase(last, target)}
+            matches = _with_last_name(target, modules, linears)
         if not matches:
             raise ValueError(f"lora: {unknown_name('target module', target, _last(linears))}")
         found |= matches
+    return found
+
+
+def _with_last_name(pattern: str, modules: list[str], linears: list[str]) -> set[str]:
+    """Last names of linears; the whole names of those that share theirs with a module that is none, which PEFT would refuse."""
+    lasts = {last for last in _last(linears) if fnmatch.fnmatchcase(last, pattern)}
+    shared = lasts & set(_last(set(modules) - set(linears)))
+    return (lasts - shared) | {name for name in linears if name.rpartition(".")[2] in shared}
+
+
+def _excluded(patterns: Iterable[str], modules: list[str]) -> set[str]:
+    """Names as they are; for one with wildcards all modules whose whole name matches, or that lie in one of such a name."""
+    found: set[str] = set()
+    for pattern in patterns:
+        if WILDCARDS.isdisjoint(pattern):
+            found.add(pattern)
+            continue
+        matches = re.compile(fnmatch.translate(pattern)).match
+        found |= {name for name in modules if matches(name) or any(map(matches, name.split(".")))} - {""}
     return found
 
 

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from automodel_accel.cli import benching, errors, launching, training
+from automodel_accel.cli import (
+    benching,
+    converting,
+    errors,
+    evaluating,
+    exporting,
+    generating,
+    launching,
+    training,
+)
 
 app = typer.Typer(
     name="automodel-accel",
@@ -23,6 +32,10 @@ app = typer.Typer(
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}  # overrides of a recipe
 app.command(epilog=training.EPILOG, context_settings=OPEN)(training.train)
 app.command(epilog=benching.EPILOG, context_settings=OPEN)(benching.bench)
+app.command(name="eval", epilog=evaluating.EPILOG, context_settings=OPEN)(evaluating.evaluate)
+app.command(epilog=generating.EPILOG)(generating.generate)
+app.command(epilog=exporting.EPILOG)(exporting.export)
+app.command(name="convert-recipe", epilog=converting.EPILOG)(converting.convert_recipe)
 app.add_typer(launching.app, name="launch")
 
 
@@ -90,12 +103,13 @@ def plan(
             print(_swaps(build_on_meta(model), chosen, json))
             return
         job = {"rows": batch_size, "length": seq_len, "accumulate": accumulate, "sync": sync, "optimizer": optimizer}
+        import automodel_accel
         from automodel_accel.cli import scale
 
         question = scale.Question(gib=memory, reserve=reserve, bandwidth=scale.bandwidth_of(bandwidth or ()))
         of_mesh = scale.mesh_of(mesh)
         adapted = scale.prepared(build_on_meta(model), dtype, lora)
-        found = scale.answer(adapted, chosen, {**job, "mesh": of_mesh}, question)
+        found = scale.answer(adapted, automodel_accel.plan(adapted, chosen), {**job, "mesh": of_mesh}, question)
     except ValueError as error:
         errors.fail(str(error))
     print(dumps(scale.data_of(found), indent=2) if json else scale.text_of(found))

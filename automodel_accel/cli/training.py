@@ -76,13 +76,15 @@ def _train(recipe: Path, overrides: list[str], print_config: bool, dry_run: bool
     if dry_run or tiny:
         from automodel_accel.recipes.dry_run import dry_run as tried
 
-        print(tried(chosen, tiny=tiny, world_size=processes))
-        return
+        speak()
+        found = tried(chosen, tiny=tiny, world_size=processes)
+        print(found)
+        raise typer.Exit(found.exit_code)
     _run(chosen, recipe)
 
 
 def _run(chosen: Any, file: Path) -> None:
-    _speak()
+    speak()
     from automodel_accel.recipes.building import end_processes
     from automodel_accel.recipes.running import run_recipe
 
@@ -114,7 +116,7 @@ def _under_torchrun(processes: int, recipe: Path, arguments: Sequence[str]) -> i
     return ended.returncode
 
 
-def _speak() -> None:
+def speak() -> None:
     """Warnings of the library on stderr; transformers' own talk is left out."""
     from transformers.utils import logging as talk
 

@@ -10,6 +10,13 @@ from automodel_accel.data.rendered import Rendered, Row, Span, cell
 from automodel_accel.data.settings import ChatData
 from automodel_accel.data.template import ChatTemplate, Message
 
+COLUMNS = ("messages", "conversations")
+# who speaks in ShareGPT's format and its relatives -> the role
+SPEAKERS = {
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "observation": "tool"},
+    **{"tool_response": "tool", "function_call": "assistant", "tool_call": "assistant"},
+}
+CALLS = ("function_call", "tool_call")  # who speaks JSON: the name of a function and its arguments
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which a message holds it apart
 
 
@@ -28,13 +35,13 @@ class Conversations:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The messages; tools are optional."""
-        return (self.settings.messages,)
+        """The messages, where they are named; tools are optional."""
+        return () if self.settings.messages is None else (self.settings.messages,)
 
     def __call__(self, row: Row) -> list[Rendered]:
         """The texts of a row."""
         settings = self.settings
-        messages = conversation(cell(row, settings.messages))
+        messages = conversation(cell(row, settings.messages or _column(row)))
         tools = _tools(row.get(settings.tools))
         found = self.template.render(messages, tools, assistant_only=settings.assistant_only, history=settings.history)
         return [self._without_reasoning(one, messages) for one in found] if settings.mask_reasoning else found
@@ -50,6 +57,11 @@ class Conversations:
                     f"{closing!r}; expected reasoning_markers as this template writes them."
                 )
         return Rendered(rendered.text, tuple(kept))
+
+
+def _column(row: Row) -> str:
+    """Where nobody has named it."""
+    return next((name for name in COLUMNS if row.get(name) is not None), COLUMNS[0])
 
 
 def without_marked(text: str, span: Span, opening: str, closing: str) -> list[Span]:
@@ -96,6 +108,11 @@ def conversation(came: Any) -> list[Message]:
 
 
 def _message(message: Any) -> Message:
+    if isinstance(message, Mapping) and "from" in message and "role" not in message:
+        message = {**without_none(message), "role": message["from"], "content": message.get("value")}
+        message = {key: value for key, value in message.items() if key not in ("from", "value")}
+    if isinstance(message, Mapping) and message.get("role") in SPEAKERS:
+        message = _as_role(message)
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise BadRow("a message without a role", shown(message))
     made: Message = without_none(message)
@@ -104,6 +121,15 @@ def _message(message: Any) -> Message:
     if made.get("tool_calls"):
         made["tool_calls"] = [_tool_call(call) for call in made["tool_calls"]]
     return made
+
+
+def _as_role(message: Mapping[str, Any]) -> Message:
+    role = SPEAKERS[message["role"]]
+    if message["role"] not in CALLS:
+        return {**message, "role": role}
+    made = _parsed(message.get("content"))
+    calls = [{"type": "function", "function": call} for call in (made if isinstance(made, list) else [made])]
+    return {"role": role, "content": "", "tool_calls": calls}
 
 
 def _tool_call(call: Any) -> Any:

@@ -63,7 +63,8 @@ class ChatData(TemplateData):
     """Conversations: messages of a role and a content, with tools and tool calls in the shape of the OpenAI API.
 
     Attributes:
-        messages: The column that holds them.
+        messages: The column that holds them; None: "messages" or "conversations", whichever a row has. ShareGPT's {"from", "value"}
+            are read too.
         tools: The column that holds JSON schemas of tools; rows without it have none.
         assistant_only: Whether only what the assistant wrote carries loss; else every token does.
         history: Answers before the last one: "learn" from them too; "mask" them; "split" makes one sample of each answer with
@@ -73,7 +74,7 @@ class ChatData(TemplateData):
     """
 
     kind: Literal["chat"] = "chat"
-    messages: str = "messages"
+    messages: str | None = None
     tools: str = "tools"
     assistant_only: bool = True
     history: Literal["learn", "mask", "split"] = "learn"

@@ -10,12 +10,40 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from automodel_accel.data.vision_settings import CordV2, ImageChat, Llava, MedPix, Rdr, VisionSettings
+import numpy as np
+from PIL import Image
+
+from automodel_accel.data.vision_settings import (
+    Captions,
+    CordV2,
+    ImageChat,
+    Llava,
+    MedPix,
+    MockImages,
+    Rdr,
+    VisionSettings,
+)
 
 Part = dict[str, Any]
 Chat = list[dict[str, Any]]
 
 MARKER = "<image>"
+MOCK_WORDS = (
+    "the",
+    "image",
+    "shows",
+    "a",
+    "river",
+    "under",
+    "blue",
+    "sky",
+    "with",
+    "birds",
+    "and",
+    "trees",
+    "in",
+    "wind",
+)
 _ROLES = MappingProxyType(
     {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 )
@@ -72,8 +100,34 @@ def _image_chat(settings: Any, row: Mapping[str, Any]) -> Chat:
     return _with_images(said, _images(row))
 
 
+def _captions(settings: Any, row: Mapping[str, Any]) -> Chat:
+    return _question(_column(row, settings.image), settings.prompt, _column(row, settings.text, str))
+
+
+def _mock(settings: Any, row: Mapping[str, Any]) -> Chat:
+    numbers = np.random.default_rng((settings.seed, row["number"]))
+    size = (settings.side, settings.side, 3)
+    shown = [
+        {"type": "image", "image": Image.fromarray(numbers.integers(256, size=size, dtype=np.uint8))}
+        for _ in range(settings.images_per_sample)
+    ]
+    said = " ".join(MOCK_WORDS[number] for number in numbers.integers(len(MOCK_WORDS), size=settings.words))
+    return [
+        {"role": "user", "content": [*shown, {"type": "text", "text": settings.prompt}]},
+        {"role": "assistant", "content": [{"type": "text", "text": said}]},
+    ]
+
+
 _KINDS: Mapping[type, Callable[[Any, Mapping[str, Any]], Chat]] = MappingProxyType(
-    {CordV2: _cord_v2, Rdr: _rdr, MedPix: _medpix, Llava: _llava, ImageChat: _image_chat}
+    {
+        CordV2: _cord_v2,
+        Rdr: _rdr,
+        MedPix: _medpix,
+        Llava: _llava,
+        ImageChat: _image_chat,
+        Captions: _captions,
+        MockImages: _mock,
+    }
 )
 
 

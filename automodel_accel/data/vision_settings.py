@@ -78,4 +78,34 @@ class ImageChat(_Source):
     kind: Literal["image_chat"] = "image_chat"
 
 
-VisionSettings: TypeAlias = CordV2 | Rdr | MedPix | Llava | ImageChat
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captions(_Source):
+    """Images and what is to be said of each, in columns of any name."""
+
+    kind: Literal["captions"] = "captions"
+    image: str = "image"
+    text: str = "text"
+    prompt: str = DESCRIBE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MockImages(_Source):
+    """Random pictures and words, the same for the same seed: to measure speed, or to try a recipe without data.
+
+    Attributes:
+        samples: How many.
+        images_per_sample: Pictures of each.
+        side: Pixels of a picture's width and height.
+        words: Of an answer.
+    """
+
+    kind: Literal["mock_images"] = "mock_images"
+    path: str = "mock"
+    prompt: str = DESCRIBE
+    samples: int = 256
+    images_per_sample: int = 1
+    side: int = 64
+    words: int = 16
+
+
+VisionSettings: TypeAlias = CordV2 | Rdr | MedPix | Llava | ImageChat | Captions | MockImages

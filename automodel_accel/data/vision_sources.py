@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from automodel_accel.data.sources import located
-from automodel_accel.data.vision_settings import VisionSettings
+from automodel_accel.data.vision_settings import MockImages, VisionSettings
 from automodel_accel.kernels.facts import this_machine
 
 Rows = Sequence[Mapping[str, Any]]
@@ -20,6 +20,8 @@ def open_rows(settings: VisionSettings) -> tuple[Rows, Path | None]:
     Raises:
         ValueError: no such file, a file of another format, no rows, or the package `datasets` is needed and not installed.
     """
+    if isinstance(settings, MockImages):
+        return [{"number": number} for number in range(settings.limit or settings.samples)], None
     path = _file_of(settings)
     if path.suffix in (".json", ".jsonl"):
         rows: Rows = _read_json(path)

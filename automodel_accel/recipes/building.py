@@ -8,16 +8,19 @@ import numpy
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers.integrations.neftune import activate_neftune
 
 from automodel_accel.api import find_report
-from automodel_accel.data import open_data
+from automodel_accel.data import Batching, open_data
 from automodel_accel.evaluation import takes_num_items
 from automodel_accel.parallel.in_backward import step_in_backward
 from automodel_accel.parallel.mesh import Ranks
 from automodel_accel.recipes.filling import to_plain
 from automodel_accel.recipes.loading import device_of, load_model, load_teacher, load_tokenizer
-from automodel_accel.recipes.recipe import Recipe
+from automodel_accel.recipes.recipe import VISION_KINDS, Recipe
 from automodel_accel.train.average import ParameterAverage
+from automodel_accel.train.distillation import Teacher
+from automodel_accel.train.losses import set_loss
 from automodel_accel.train.run import Run
 
 
@@ -36,9 +39,10 @@ def build(recipe: Recipe, ranks: Ranks) -> Run:
     accumulate = micro_batches(recipe, ranks)
     _seed(chosen.seed)
     tokenizer = load_tokenizer(recipe)
-    data = _open(recipe, recipe.data, tokenizer, ranks, _epochs(recipe))
+    placed = {"data_rank": ranks.data_rank, "data_size": ranks.data_size}
+    data = _open(recipe.data, tokenizer, recipe.batching, **placed, epochs=_epochs(recipe))
     validation = {
-        name: _open(recipe, _in_order(source), tokenizer, ranks, 1) for name, source in recipe.held_out.items()
+        name: open_source(source, tokenizer, recipe.batching, **placed) for name, source in recipe.held_out.items()
     }
     steps = steps_of(recipe, data, accumulate)
     factors = recipe.schedule.factors(steps)  # its errors come before the model is loaded
@@ -113,13 +117,9 @@ def prepare_loss(recipe: Recipe, model: nn.Module) -> None:
     """Label smoothing, z-loss and noise on embeddings, where the recipe wants them."""
     chosen = recipe.training
     if chosen.label_smoothing or chosen.z_loss:
-        from automodel_accel.train.losses import set_loss
-
         set_loss(model, label_smoothing=chosen.label_smoothing, z_loss=chosen.z_loss)
     if chosen.neftune_noise_alpha is not None:
-        from automodel_accel.train.noise import activate_noise
-
-        activate_noise(model, chosen.neftune_noise_alpha)
+        activate_neftune(model, chosen.neftune_noise_alpha)  # type: ignore[no-untyped-call]
 
 
 def _epochs(recipe: Recipe) -> int | None:
@@ -127,13 +127,24 @@ def _epochs(recipe: Recipe) -> int | None:
     return 1 if chosen.steps is None and chosen.epochs is None else chosen.epochs
 
 
-def _open(recipe: Recipe, source: Any, tokenizer: Any, ranks: Ranks, epochs: int | None) -> Any:
-    placed: dict[str, Any] = {"data_rank": ranks.data_rank, "data_size": ranks.data_size, "epochs": epochs}
-    if recipe.has_images:
+def open_source(source: Any, tokenizer: Any, batching: Batching, **placed: Any) -> Any:
+    """The batches of a data set that is only asked, in the order of its rows; with images or without.
+
+    Args:
+        source: A kind of data.
+        tokenizer: Tokenizer, or processor.
+        batching: How.
+        **placed: `data_rank` and `data_size`.
+    """
+    return _open(_in_order(source), tokenizer, batching, **placed)
+
+
+def _open(source: Any, tokenizer: Any, batching: Batching, **placed: Any) -> Any:
+    if isinstance(source, VISION_KINDS):
         from automodel_accel.data.vision_loader import open_vision_data
 
-        return open_vision_data(source, tokenizer, recipe.batching, **placed)
-    return open_data(source, tokenizer, recipe.batching, **placed)
+        return open_vision_data(source, tokenizer, batching, **placed)
+    return open_data(source, tokenizer, batching, **placed)
 
 
 def _in_order(source: Any) -> Any:
@@ -144,8 +155,6 @@ def _in_order(source: Any) -> Any:
 def _teacher(recipe: Recipe, ranks: Ranks) -> Any:
     if recipe.distillation is None:
         return None
-    from automodel_accel.train.distillation import Teacher
-
     wanted = recipe.distillation
     return Teacher(load_teacher(wanted.teacher, ranks), wanted.weight, wanted.temperature)
 

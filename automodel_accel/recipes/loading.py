@@ -53,7 +53,7 @@ def load_tokenizer(recipe: Recipe) -> Any:
     source = located(model.tokenizer or model.path)
     auto = transformers.AutoProcessor if recipe.has_images else transformers.AutoTokenizer
     try:
-        return auto.from_pretrained(source, **_from(model))
+        return auto.from_pretrained(source, **_from(model), **(model.processor if recipe.has_images else {}))
     except (OSError, ValueError, TypeError) as error:
         if recipe.data.kind in ("mock", "bins") and model.tokenizer is None:
             return None

@@ -79,21 +79,37 @@ def read(path: Path, overrides: Sequence[str] = (), environment: Mapping[str, st
         RecipeError: no such file, no YAML, a key given twice, a variable that is not set, files that extend one another in a
             circle, or an override that is none.
     """
-    entry = _read_file(path, environment or {}, ())
+    return overridden(_read_file(path, environment or {}, ()), overrides, environment)
+
+
+def overridden(entry: Entry, overrides: Sequence[str], environment: Mapping[str, str] | None = None) -> Entry:
+    """An entry under the overrides of a command line.
+
+    Raises:
+        RecipeError: an override that is none.
+    """
     for text in overrides:
         entry = _merged(entry, _override(text, environment or {}))
     return entry
+
+
+def text_of(path: Path) -> str:
+    """What a file holds.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
 
 
 def _read_file(path: Path, environment: Mapping[str, str], under: tuple[Path, ...]) -> Entry:
     if path.resolve() in under:
         chain = " -> ".join(str(one) for one in (*under, path.resolve()))
         raise RecipeError(f"{path}: extends itself ({chain}); remove one of these `{EXTENDS}`.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
-    entry = parse(text, str(path), environment)
+    entry = parse(text_of(path), str(path), environment)
     if not isinstance(entry.value, dict):
         raise RecipeError(f"{entry.place}: expected a mapping of sections, such as `model:`; got {said(entry)}.")
     own = Entry({key: value for key, value in entry.value.items() if key != EXTENDS}, entry.place)

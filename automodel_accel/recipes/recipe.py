@@ -23,19 +23,21 @@ from automodel_accel.data.settings import (
     SquadData,
     TextData,
 )
-from automodel_accel.data.vision_settings import CordV2, ImageChat, Llava, MedPix, Rdr
+from automodel_accel.data.vision_settings import Captions, CordV2, ImageChat, Llava, MedPix, MockImages, Rdr
 from automodel_accel.freezing import Freezing
+from automodel_accel.kernels.facts import environment as of_process
 from automodel_accel.parallel.mesh import Mesh
+from automodel_accel.recipes import nemo
 from automodel_accel.recipes.filling import fill
-from automodel_accel.recipes.reading import read
+from automodel_accel.recipes.reading import overridden, read, text_of
 from automodel_accel.train.logs import Logging
 from automodel_accel.train.optimizers import Optimizer
 from automodel_accel.train.schedules import Schedule
 from automodel_accel.train.settings import Checkpointing, Training
 
 TextSource = ChatData | InstructionData | SquadData | HellaSwagData | TextData | BinData | MockData
-VisionSource = CordV2 | Rdr | MedPix | Llava | ImageChat
-VISION_KINDS = (CordV2, Rdr, MedPix, Llava, ImageChat)
+VisionSource = CordV2 | Rdr | MedPix | Llava | ImageChat | Captions | MockImages
+VISION_KINDS = (CordV2, Rdr, MedPix, Llava, ImageChat, Captions, MockImages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,7 @@ class Model:
         quantize: "nf4" (4 bits, for QLoRA) or "int8", by bitsandbytes; None: as the checkpoint is.
         attn_implementation: As in from_pretrained: "sdpa", "flash_attention_2"; None: transformers' choice.
         tokenizer: Folder or hub id of another tokenizer (or processor).
+        processor: Settings of the processor, such as {max_pixels: 1003520}.
         revision: Of the hub.
         trust_remote_code: Whether code that the model brings is run.
         freeze: Parts of the model that keep their values.
@@ -64,6 +67,7 @@ class Model:
     quantize: Literal["nf4", "int8"] | None = None
     attn_implementation: str | None = None
     tokenizer: str | None = None
+    processor: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
     trust_remote_code: bool = False
     freeze: Freezing = field(default_factory=Freezing)
@@ -152,6 +156,17 @@ class Distillation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Data alone, as a command line gives it.
+
+    Attributes:
+        data: As in a recipe.
+    """
+
+    data: TextSource | VisionSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """One run.
 
@@ -223,14 +238,18 @@ def load(path: Path, overrides: Sequence[str] = (), environment: Mapping[str, st
     """The recipe in a YAML file, with what it extends, under overrides of the command line.
 
     Args:
-        path: Of the file.
+        path: Of the file; one of NeMo Automodel's is translated, and what changes by that is logged.
         overrides: Such as "--optimizer.lr=1e-4".
         environment: What ${env:NAME} stands for; None: this process's.
 
     Raises:
         RecipeError: every problem on a line of its own, with its place.
     """
-    from automodel_accel.kernels.facts import environment as of_process
-
-    recipe = fill(Recipe, read(path, overrides, of_process() if environment is None else environment))
+    known = of_process() if environment is None else environment
+    text = text_of(path)
+    if nemo.is_theirs(text):
+        entry = overridden(nemo.read_theirs(text, str(path), overrides), overrides, known)
+    else:
+        entry = read(path, overrides, known)
+    recipe = fill(Recipe, entry)
     return recipe if recipe.output is not None else replace(recipe, output=Path("runs") / path.stem)

@@ -137,7 +137,7 @@ def _is_on_hub(path: str) -> bool:
 
 
 def _has_images(recipe: Mapping[str, Any]) -> bool:
-    return recipe["data"]["kind"] in ("cord_v2", "rdr", "medpix", "llava", "image_chat")
+    return recipe["data"]["kind"] in ("cord_v2", "rdr", "medpix", "llava", "image_chat", "captions", "mock_images")
 
 
 def _shared(recipe: Mapping[str, Any]) -> dict[str, Any]:

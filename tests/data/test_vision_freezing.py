@@ -9,7 +9,7 @@ from torch import nn
 
 import automodel_accel as accel
 from automodel_accel.freezing import PARTS, Freezing, find_parts, freeze, lora_exclusion, summary
-from tests.day0.text import text_batch
+from automodel_accel.recipes.tiny.text import text_batch
 from tests.day0.zoo import Type, tiny_model
 from tests.tiny import tiny
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.day0.build import BUILD_ERRORS
+from automodel_accel.recipes.tiny.building import BUILD_ERRORS
 from tests.day0.zoo import REMEMBERED, Type, Unbuildable, Way, find_way, remembered, tiny_model, train, types
 
 # how many there must be at least, of transformers 5.23: types that train, and those of them with an image

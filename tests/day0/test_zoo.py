@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen3NextConfig
 
+from automodel_accel.recipes.tiny.building import ATTEMPTS, BUILD_ERRORS
+from automodel_accel.recipes.tiny.exceptions import EXCEPTIONS
+from automodel_accel.recipes.tiny.images import LAYOUTS
+from automodel_accel.recipes.tiny.shrink import Rules, shrink
 from tests.day0 import zoo
-from tests.day0.build import ATTEMPTS, BUILD_ERRORS
 from tests.day0.census import Entry, count
-from tests.day0.images import LAYOUTS
-from tests.day0.quirks import QUIRKS
-from tests.day0.shrink import Rules, shrink
 from tests.day0.zoo import Type, Unbuildable, find_way, remembered, tiny_model, train, types
 
 LLAMA, GEMMA3, QWEN = Type("llama", "causal"), Type("gemma3", "vlm"), Type("qwen3_vl", "vlm")
@@ -122,8 +122,8 @@ def test_what_is_remembered_is_of_known_types_attempts_and_layouts() -> None:
 
 
 def test_exceptions_are_few_and_documented() -> None:
-    assert len(QUIRKS) <= 8
-    assert all(quirk.__doc__ for quirk in QUIRKS.values())
+    assert len(EXCEPTIONS) <= 8
+    assert all(quirk.__doc__ for quirk in EXCEPTIONS.values())
 
 
 def test_counting() -> None:

@@ -4,81 +4,27 @@ model = tiny_model(Type("qwen3_vl", "vlm"))
 model.model(**model.batch()).loss.backward()
 """
 
-import copy
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from tests.day0 import images
-from tests.day0.build import ATTEMPTS, BUILD_ERRORS, MAPPINGS, make_model, repaired
-from tests.day0.images import Look
-from tests.day0.shrink import Rules
-from tests.day0.text import text_batch
+from automodel_accel.recipes.tiny.building import MAPPINGS, Type
+from automodel_accel.recipes.tiny.images import Look
+from automodel_accel.recipes.tiny.searching import Tiny, Unbuildable, Way, build, find_way, train
+
+__all__ = ["Tiny", "Type", "Unbuildable", "Way", "find_way", "remembered", "tiny_model", "train", "types"]
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 
 REMEMBERED = Path(__file__).with_name("remembered.json")
-
-
-class Unbuildable(Exception):
-    """No tiny model of the type can be built and trained; says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Type:
-    """A model type of one of the two mappings: kind is "causal" or "vlm"."""
-
-    name: str
-    kind: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}/{self.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """How a type is built.
-
-    Attributes:
-        attempt: Index into `ATTEMPTS`.
-        repairs: Attributes that its configuration class lacks.
-        image: How images are given; None without.
-        blind: Why there is no image, of a vision-language model.
-    """
-
-    attempt: int = 0
-    repairs: Mapping[str, Any] = field(default_factory=dict)
-    image: Look | None = None
-    blind: str | None = None
-
-    def rules(self) -> Rules:
-        """The rules to shrink by."""
-        return replace(ATTEMPTS[self.attempt], repairs=self.repairs)
-
-
-@dataclass
-class Tiny:
-    """A tiny model in training mode without dropout, and its batches."""
-
-    type: Type
-    model: PreTrainedModel
-    image: Look | None
-
-    @property
-    def has_image(self) -> bool:
-        """Whether batches have an image whose pixels reach the loss."""
-        return self.image is not None
-
-    def batch(self, rows: int = 2, tokens: int = 24, ignored: int = 5, seed: int = 0) -> dict[str, Any]:
-        """A training batch: `tokens` tokens of text a row, after as many image tokens as the model asks for."""
-        text = text_batch(self.model, rows, tokens, ignored, seed)
-        return text if self.image is None else images.with_image(self.model, text, self.image, seed)
 
 
 def types(kind: str) -> list[Type]:
@@ -91,76 +37,7 @@ def tiny_model(type: Type, dtype: torch.dtype = torch.float32, seed: int = 0) ->
     known = remembered().get(str(type))
     if isinstance(known, str):
         raise Unbuildable(known)
-    way = known or find_way(type)
-    try:
-        model = make_model(type.name, type.kind, way.rules(), seed, dtype)
-    except BUILD_ERRORS as error:
-        raise Unbuildable(_line(error)) from error
-    return Tiny(type, model, way.image)
-
-
-def find_way(type: Type) -> Way:
-    """Search for a way to build a type that trains, with an image if possible. Raises `Unbuildable` with the first reason."""
-    first: BaseException | None = None
-    for attempt, rules in enumerate(ATTEMPTS):
-        while True:
-            try:
-                return _try(type, attempt, rules)
-            except BUILD_ERRORS as error:
-                better = repaired(rules, error)
-                if better is None:
-                    first = first or error
-                    break
-                rules = better
-    assert first is not None
-    raise Unbuildable(_line(first)) from first
-
-
-def _try(type: Type, attempt: int, rules: Rules) -> Way:
-    """Train on text, and on an image where the type may take one: one of them must work."""
-    model = make_model(type.name, type.kind, rules, seed=0)
-    text = text_batch(model, rows=2, tokens=24, ignored=5, seed=0)
-    on_text = _failure(model, text)
-    if on_text is not None and repaired(rules, on_text):
-        raise on_text
-    if on_text is None and type.kind == "causal":
-        return Way(attempt, rules.repairs)
-    try:
-        look = images.find_look(model, text)
-        train(copy.deepcopy(model), images.with_image(model, text, look, seed=0))
-    except BUILD_ERRORS as error:
-        if on_text is None:
-            return Way(attempt, rules.repairs, blind=_line(error))
-        if type.kind == "causal":
-            raise on_text from None
-        raise (
-            error if repaired(rules, error) else ValueError(f"{_line(on_text)}; with an image {_line(error)}")
-        ) from error
-    return Way(attempt, rules.repairs, look)
-
-
-def _failure(model: PreTrainedModel, batch: Mapping[str, Any]) -> Exception | None:
-    try:
-        train(copy.deepcopy(model), batch)
-    except BUILD_ERRORS as error:
-        return error
-    return None
-
-
-def train(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The loss of one forward and backward; raises where loss or a gradient is not finite."""
-    loss = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise ValueError("the output has no loss")
-    if not torch.isfinite(loss):
-        raise ValueError(f"the loss is {float(loss.detach())}")
-    loss.backward()
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    if not gradients:
-        raise ValueError("no parameter has a gradient")
-    if not all(torch.isfinite(gradient).all() for gradient in gradients):
-        raise ValueError("a gradient is not finite")
-    return loss.detach()  # type: ignore[no-any-return]
+    return build(type, known or find_way(type), dtype, seed)
 
 
 @cache
@@ -177,11 +54,6 @@ def remembered() -> Mapping[str, Way | str]:
 def _way(found: Mapping[str, Any]) -> Way:
     image = found.get("image")
     return Way(**{**found, "image": image and Look(**image)})
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in f"{error.__class__.__name__}: {error}".splitlines() if line.strip()]
-    return " ".join(lines[:2])[:200]
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import automodel_accel as accel
+from automodel_accel.adapters import with_lora
 from automodel_accel.kernels.numerics import judge
 from tests.budgets.layers import LINEARS as ALL
 from tests.swap.compare import assert_close, assert_equal, step
@@ -276,3 +278,51 @@ def test_a_weight_that_trains_beside_its_adapter() -> None:
     x = F.normalize(torch.randn(4, 6, 12), dim=-1)
     assert_equal_outcomes(outcome(ours, x), outcome(theirs, x))
     assert "layer.q_proj.base_layer.weight" in outcome(ours, x)
+
+
+class Clipped(nn.Module):
+    """A linear within a module of the same last name as others have: PEFT knows no adapter for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).clamp(-1, 1)  # type: ignore[no-any-return]
+
+
+class Seeing(Model):
+    """A model with a tower whose q_proj is no linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision_tower = nn.ModuleDict({"q_proj": Clipped(), "o_proj": nn.Linear(12, 12)})
+
+
+def targets(model: nn.Module, **lora: Any) -> set[str]:
+    adapted_model = with_lora(model, {"r": 2, **lora})
+    return {
+        name.removeprefix("base_model.model.")
+        for name, one in adapted_model.named_modules()
+        if isinstance(one, LoraLayer)
+    }
+
+
+def test_a_wildcard_takes_linears_alone() -> None:
+    everywhere = {"layer.q_proj", "layer.k_proj", "layer.v_proj", "layer.o_proj", "vision_tower.o_proj"}
+    assert targets(Seeing(), target_modules=["*_proj"]) == everywhere
+
+
+@pytest.mark.parametrize(
+    ("excluded", "left"),
+    [
+        (["*vision*"], {"layer.q_proj", "layer.k_proj", "layer.v_proj", "layer.o_proj"}),
+        (["*.o_proj"], {"layer.q_proj", "layer.k_proj", "layer.v_proj"}),
+        ("*o_proj", {"layer.q_proj", "layer.k_proj", "layer.v_proj"}),
+        (["vision_tower.o_proj", "layer.[kv]_proj"], {"layer.q_proj", "layer.o_proj"}),
+        (["*sound*"], {"layer.q_proj", "layer.k_proj", "layer.v_proj", "layer.o_proj", "vision_tower.o_proj"}),
+    ],
+    ids=["a tower", "dotted", "one pattern", "by name", "nothing"],
+)
+def test_wildcards_exclude_too(excluded: Any, left: set[str]) -> None:
+    assert targets(Seeing(), target_modules=["*_proj"], exclude_modules=excluded) == left

@@ -40,7 +40,7 @@ def _in_letters(code: int) -> str:
     return "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code))
 
 
-QUIRKS: Mapping[str, Callable[[PreTrainedConfig], None]] = MappingProxyType(
+EXCEPTIONS: Mapping[str, Callable[[PreTrainedConfig], None]] = MappingProxyType(
     {
         "chameleon": _chameleon,
         "emu3": _emu3,

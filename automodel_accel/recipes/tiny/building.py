@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,16 +11,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.utils import logging
 
 from automodel_accel.patches.probe import PROBE_ERRORS
-from tests.day0 import fields as names
-from tests.day0.configuration import default_config
-from tests.day0.quirks import QUIRKS
-from tests.day0.shrink import Rules, Sizes, shrink
-
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+from automodel_accel.recipes.tiny import fields as names
+from automodel_accel.recipes.tiny.configuration import default_config
+from automodel_accel.recipes.tiny.exceptions import EXCEPTIONS
+from automodel_accel.recipes.tiny.shrink import Rules, Sizes, shrink
 
 MAPPINGS: Mapping[str, Mapping[str, Any]] = {
     "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -51,52 +47,69 @@ _MISSING = re.compile(r"object has no attribute '(\w+)'")
 _FIRST_REPAIRED_TOKEN = 40
 
 
-def model_class(name: str, kind: str) -> type[PreTrainedModel]:
-    """The class that the mapping names."""
-    cls = MAPPINGS[kind][name]
-    return getattr(transformers, cls if isinstance(cls, str) else cls[0])  # type: ignore[no-any-return]
+@dataclass(frozen=True, slots=True)
+class Type:
+    """What a tiny model is made of.
+
+    Attributes:
+        name: Model type of transformers.
+        kind: Which of `MAPPINGS` has its class: "causal" or "vlm".
+        source: The configuration to shrink; None for the default one of the type.
+    """
+
+    name: str
+    kind: str
+    source: PreTrainedConfig | None = field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+    @property
+    def model_class(self) -> type[PreTrainedModel]:
+        """The class that the mapping names."""
+        cls = MAPPINGS[self.kind][self.name]
+        return getattr(transformers, cls if isinstance(cls, str) else cls[0])  # type: ignore[no-any-return]
+
+    def config(self, rules: Rules) -> PreTrainedConfig:
+        """The configuration that the class of the mapping takes, tiny."""
+        wanted = getattr(self.model_class, "config_class", None)
+        whole = default_config(CONFIG_MAPPING[self.name]) if self.source is None else self.source
+        config = shrink(whole, rules)
+        if wanted is not None and not isinstance(config, wanted):
+            # a language model named by its vision-language configuration
+            parts = [getattr(config, part, None) for part in getattr(type(config), "sub_configs", {})]
+            config = next((part for part in parts if isinstance(part, wanted)), config)
+        if self.kind == "causal" and hasattr(config, "is_decoder") and not config.is_encoder_decoder:
+            config.is_decoder = True
+        decoder = getattr(config, "decoder", None)
+        if isinstance(decoder, PreTrainedConfig) and hasattr(decoder, "add_cross_attention"):
+            decoder.is_decoder = decoder.add_cross_attention = True
+        if self.name in EXCEPTIONS:
+            EXCEPTIONS[self.name](config)
+        return config
 
 
-def tiny_config(name: str, kind: str, rules: Rules) -> PreTrainedConfig:
-    """The configuration that the class of the mapping takes, tiny."""
-    wanted = getattr(model_class(name, kind), "config_class", None)
-    config = shrink(default_config(CONFIG_MAPPING[name]), rules)
-    if wanted is not None and not isinstance(
-        config, wanted
-    ):  # a language model named by its vision-language configuration
-        parts = [getattr(config, part, None) for part in getattr(type(config), "sub_configs", {})]
-        config = next((part for part in parts if isinstance(part, wanted)), config)
-    if kind == "causal" and hasattr(config, "is_decoder") and not config.is_encoder_decoder:
-        config.is_decoder = True
-    if isinstance(getattr(config, "decoder", None), PreTrainedConfig) and hasattr(
-        config.decoder, "add_cross_attention"
-    ):
-        config.decoder.is_decoder = config.decoder.add_cross_attention = True
-    QUIRKS.get(name, lambda _: None)(config)
-    return config
-
-
-def make_model(name: str, kind: str, rules: Rules, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def make_model(type: Type, rules: Rules, seed: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A tiny model in training mode; the same for the same seed. Raises one of `BUILD_ERRORS`."""
-    cls, config = model_class(name, kind), tiny_config(name, kind, rules)
+    cls, config = type.model_class, type.config(rules)
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in cls(config).parameters())
     if count > MOST_PARAMETERS:
         raise MemoryError(f"{count / 1e6:.0f} million parameters after shrinking")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = cls(tiny_config(name, kind, rules))
+        model = cls(type.config(rules))
     shake(model, seed)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    cast = {
+    cast: dict[torch.dtype, Any] = {
         torch.float32: model.float,
         torch.bfloat16: model.bfloat16,
         torch.float16: model.half,
         torch.float64: model.double,
     }
-    return cast[dtype]().train()  # not `to`, which makes complex buffers real
+    return cast[dtype]().train()  # type: ignore[no-any-return]  # not `to`, which makes complex buffers real
 
 
 @torch.no_grad()

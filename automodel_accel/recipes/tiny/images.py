@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from automodel_accel.patches.probe import PROBE_ERRORS
-from tests.day0.configuration import is_size
-from tests.day0.text import TOKEN_TYPES
+from automodel_accel.recipes.tiny.configuration import is_size
+from automodel_accel.recipes.tiny.text import TOKEN_TYPES
 
 _VISION = ("vision_config", "vision_encoder_config", "encoder", "image_config", "vq_config")
 _PIXELS = ("pixel_values", "flattened_patches", "pixel_values_images", "image_patches")
@@ -152,6 +152,7 @@ def _layouts(model: PreTrainedModel) -> list[str]:
 def _asked(model: PreTrainedModel) -> dict[str, inspect.Parameter]:
     """Parameters of the forward and of the method that makes features of images."""
     asked: dict[str, inspect.Parameter] = {}
+    part: Any
     for part in (model, model.base_model):
         if hasattr(part, "get_image_features"):
             asked.update(inspect.signature(part.get_image_features).parameters)
@@ -170,7 +171,7 @@ def eye_of(config: PreTrainedConfig, rows: int) -> Eye:
                 value = getattr(owner, name, None)
                 value = value[0] if isinstance(value, (list, tuple)) and value else value
                 if is_size(value) and value > 0:
-                    return value  # type: ignore[no-any-return]
+                    return value
         return default
 
     channels = read("num_channels", "in_channels", "in_chans", default=3)
@@ -241,7 +242,7 @@ def _beside(
 def _count(model: PreTrainedModel, layout: str, bare: bool, text: Mapping[str, Any]) -> int | BaseException:
     """Features that the model makes of one image; an error where it does not take this layout."""
     inputs = _image_inputs(model, Look(layout, bare), text, 0)
-    owner = next((part for part in (model.base_model, model) if hasattr(part, "get_image_features")), None)
+    owner: Any = next((part for part in (model.base_model, model) if hasattr(part, "get_image_features")), None)
     if owner is None or _image_token(model.config) is None:
         return next((count for name in _QUERIES if is_size(count := getattr(model.config, name, None))), 0)
     asked = inspect.signature(owner.get_image_features).parameters

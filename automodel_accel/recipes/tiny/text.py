@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tests.day0.configuration import is_size
+from automodel_accel.recipes.tiny.configuration import is_size
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 

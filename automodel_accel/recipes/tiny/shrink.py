@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from transformers import CLIPVisionConfig, PreTrainedConfig, TimmWrapperConfig
-from transformers.utils import is_timm_available
+from transformers.utils.import_utils import is_timm_available
 
 from automodel_accel.patches.probe import PROBE_ERRORS
-from tests.day0 import fields as names
-from tests.day0.configuration import (
+from automodel_accel.recipes.tiny import fields as names
+from automodel_accel.recipes.tiny.configuration import (
     declared_default,
     has_lists,
     is_size,
@@ -28,7 +28,7 @@ from tests.day0.configuration import (
 
 _SMALL = 16
 _MERGES = ("spatial_merge_size", "merge_size", "patch_merge_size")
-_BASE_FIELDS = frozenset(f.name for f in fields(PreTrainedConfig))  # type: ignore[arg-type]
+_BASE_FIELDS = frozenset(f.name for f in fields(PreTrainedConfig))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +126,11 @@ class _Shrink:
         self._hidden_fields()
         self._kinds_of_layers()
         self._counts()
-        self._rope()
+        self._rope(defaults)
         self._relations()
         self._layer_indices()
         self._widths()
+        self._keep(defaults)
         return self._made()
 
     def _choose_layers(self) -> dict[str, list[int]]:
@@ -255,7 +256,7 @@ class _Shrink:
             return sizes.head_dim
         if names.EXPERTS.match(name) and "shared" in name:
             return 1
-        at_most = (
+        at_most: tuple[tuple[re.Pattern[str], int], ...] = (
             (names.CHOSEN_EXPERTS, sizes.chosen_experts),
             (names.EXPERTS, sizes.experts),
             (names.HEADS, sizes.heads),
@@ -277,7 +278,7 @@ class _Shrink:
         for pattern, size in at_most:
             if pattern.match(name):
                 return min(value, size)
-        return sizes.hidden if value > 4096 or value == self.width >= 64 else None
+        return sizes.hidden if value > 4096 or (value == self.width and value >= 64) else None
 
     def _kv_heads(self, value: int) -> int:
         heads = next(
@@ -344,13 +345,15 @@ class _Shrink:
         if is_size(self.old.get("topk_group")):
             self.new["topk_group"] = 1
 
-    def _rope(self) -> None:
+    def _rope(self, defaults: Mapping[str, Any]) -> None:
         heads = next((v for n, v in self.new.items() if names.HEADS.match(n) and is_size(v)), self.sizes.heads)
         width = next((self.new[n] for n in names.WIDTHS if n in self.new), self.sizes.hidden)
         head_dim = self.new.get("head_dim") or self.new.get("qk_rope_head_dim") or width // heads
         for name in ("rope_parameters", "rope_scaling"):
             value = self.old.get(name)
-            if isinstance(value, dict) and (self.declared.get(name) is not None or has_lists(value)):
+            if not isinstance(value, dict):
+                continue
+            if self.declared.get(name) is not None or has_lists(value) or value != defaults.get(name):
                 self.new[name] = rope_of(value, head_dim)
         if self.rules.rope_by_kind and "rope_parameters" in self.old and "layer_types" in self.old:
             kinds = self.new.get("layer_types") or self.old["layer_types"] or []
@@ -419,6 +422,14 @@ class _Shrink:
         for name, value in self.old.items():
             if name in self.new and is_size(value) and value in seen_side_by_side:
                 self.new[name] = seen_side_by_side[value]
+
+    def _keep(self, defaults: Mapping[str, Any]) -> None:
+        """What a checkpoint sets otherwise than its class and is no size: tied embeddings, soft caps, biases, kinds of activations."""
+        for name, value in self.old.items():
+            if name in self.new or name in _BASE_FIELDS or not isinstance(value, (bool, int, float, str)):
+                continue
+            if value != defaults.get(name):
+                self.new[name] = value
 
     def _made(self) -> PreTrainedConfig:
         made = type(self.source)(**self.new)

@@ -23,16 +23,17 @@ def default_config(cls: type[PreTrainedConfig]) -> PreTrainedConfig:
     try:
         return cls()
     except PROBE_ERRORS:
-        for each in fields(cls):  # type: ignore[arg-type]
+        for each in fields(cls):
             if is_size(each.default):
                 try:
-                    return cls(**{each.name: 0})
+                    return cls(**{each.name: 0})  # type: ignore[arg-type]  # any field that is a number
                 except PROBE_ERRORS:
                     continue
         raise
 
 
 def declared_default(declared: Field[Any]) -> Any:
+    """What a class declares a field to be; None where it declares nothing."""
     if declared.default is not MISSING:
         return declared.default
     return None if declared.default_factory is MISSING else declared.default_factory()
@@ -48,6 +49,7 @@ def read(config: PreTrainedConfig, name: str) -> Any:
 
 
 def try_to_set(config: PreTrainedConfig, name: str, value: Any) -> None:
+    """Set an attribute, unless the class will not have it."""
     try:
         setattr(config, name, value)
     except PROBE_ERRORS:
@@ -55,6 +57,7 @@ def try_to_set(config: PreTrainedConfig, name: str, value: Any) -> None:
 
 
 def has_lists(value: Mapping[str, Any]) -> bool:
+    """Whether any of the values is a list or a mapping."""
     return any(isinstance(each, (list, tuple, dict)) for each in value.values())
 
 
