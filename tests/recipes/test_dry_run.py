@@ -18,9 +18,10 @@ from automodel_accel.data.vision_settings import CordV2
 from automodel_accel.freezing import Freezing
 from automodel_accel.parallel.mesh import Mesh
 from automodel_accel.recipes import dry_run as module
+from automodel_accel.recipes.building import build
 from automodel_accel.recipes.dry_run import DryRun, dry_run
 from automodel_accel.recipes.recipe import Fp8, Lora, Model, Recipe
-from automodel_accel.recipes.tiny import KINDS
+from automodel_accel.recipes.tiny import KINDS, tiny_model
 from automodel_accel.recipes.tiny.building import MAPPINGS
 from automodel_accel.recipes.trial import try_out
 from automodel_accel.train.logs import Logging
@@ -229,6 +230,17 @@ def test_tiny_trains_two_steps(recipe: Recipe, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     if isinstance(recipe.data, ChatData):
         assert ("data.path", "missing") in {(problem.where, problem.kind) for problem in found.problems}
+
+
+def test_text_trains_a_model_that_is_always_given_with_its_tower(recipe: Recipe, tmp_path: Path) -> None:
+    made = tiny_model("mistral3", "image_text_to_text")
+    made.save_pretrained(tmp_path / "model")
+    mixed = replace(recipe, model=Model(path=str(tmp_path / "model"), dtype="float32"), data=MockData(vocab_size=200))
+    assert dry_run(mixed).to_dict()["model"]["class"] == "Mistral3ForConditionalGeneration"
+    run = build(mixed, Mesh(shard=1).ranks())
+    assert isinstance(run.model, type(made))
+    with pytest.raises(ValueError, match="Unrecognized configuration class"):
+        build(replace(mixed, model=replace(mixed.model, task="causal_lm")), Mesh(shard=1).ranks())
 
 
 def test_the_trial_takes_what_the_recipe_asks_for(tmp_path: Path) -> None:
