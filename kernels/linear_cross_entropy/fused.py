@@ -136,8 +136,10 @@ def cross_entropy_kernel(
     softcap,
     ignore_index,
     smoothing,
+    z_loss,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -159,11 +161,16 @@ def cross_entropy_kernel(
     loss, row_max, total, is_class = softmax_of_row(
         Z, target, n_cols, stride_z, scale, softcap, smoothing, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK
     )
+    if HAS_Z_LOSS:
+        lse = row_max + tl.log(total)
+        loss += z_loss * lse * lse
     tl.store(LOSS + row, loss)
     if NEEDS_GRAD:
         weight = tl.load(WEIGHT + row * stride_weight) * scale
         weight = tl.where(is_class, weight, float("nan"))
         inverse = 1.0 / total
+        if HAS_Z_LOSS:
+            inverse *= 1.0 + 2.0 * z_loss * lse
         for turn in range(n_blocks):
             cols = (n_blocks - 1 - turn) * BLOCK + lanes
             z = tl.load(Z + cols, mask=cols < stride_z, other=0.0).to(tl.float32) * scale
@@ -293,9 +300,10 @@ def forward(
     softcap: float | None,
     ignore_index: int,
     smoothing: float,
+    z_loss: float,
 ) -> torch.Tensor:
     """Return the loss of each row in float32, 0 where the target is `ignore_index`, NaN where it is no class."""
-    return _launch(logits_CV, target_C, None, scale, softcap, ignore_index, smoothing)
+    return _launch(logits_CV, target_C, None, scale, softcap, ignore_index, smoothing, z_loss)
 
 
 def backward(
@@ -306,9 +314,10 @@ def backward(
     softcap: float | None,
     ignore_index: int,
     smoothing: float,
+    z_loss: float,
 ) -> torch.Tensor:
     """Return what `forward` does, and overwrite the logits with the gradient of sum(weight * loss) with respect to them."""
-    return _launch(logits_CV, target_C, weight_C, scale, softcap, ignore_index, smoothing)
+    return _launch(logits_CV, target_C, weight_C, scale, softcap, ignore_index, smoothing, z_loss)
 
 
 def shard_forward(
@@ -403,6 +412,7 @@ def _launch(
     softcap: float | None,
     ignore_index: int,
     smoothing: float,
+    z_loss: float,
 ) -> torch.Tensor:
     n_rows, n_cols = logits_CV.shape
     loss_C = torch.empty(n_rows, dtype=torch.float32, device=logits_CV.device)
@@ -420,8 +430,10 @@ def _launch(
         1.0 if softcap is None else softcap,
         ignore_index,
         smoothing,
+        z_loss,
         HAS_SOFTCAP=softcap is not None,
         HAS_SMOOTHING=smoothing > 0,
+        HAS_Z_LOSS=z_loss > 0,
         NEEDS_GRAD=weight_C is not None,
         BLOCK=min(next_power_of_2(n_cols), MAX_BLOCK),
         num_warps=8,

@@ -60,6 +60,7 @@ def test_shapes(implementation: str, vocab: int, options: Options) -> None:
     scale=st.sampled_from((1.0, 0.25, -2.0)),
     softcap=st.sampled_from((None, 1.5, 30.0)),
     label_smoothing=st.sampled_from((0.0, 0.1, 1.0)),
+    z_loss=st.sampled_from((0.0, 1e-4, 0.1)),
     reduction=st.sampled_from(package.REDUCTIONS),
     workspace_bytes=st.one_of(st.none(), st.integers(1, 20_000)),
 )
