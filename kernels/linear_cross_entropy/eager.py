@@ -176,10 +176,10 @@ def _block_(
     if z_loss:
         lse = largest + total.log()
         loss += (z_loss * lse.square()).masked_fill_(ignored, 0.0)
-        total = total / (1.0 + 2.0 * z_loss * lse)  # so the exponentials become that much more than probabilities
     if weight is not None:
         z.div_(total)
-        differentiate_(z, target, weight[:, None].masked_fill(ignored, 0.0) * scale, smoothing, slope)
+        more = 2.0 * z_loss * lse if z_loss else None
+        differentiate_(z, target, weight[:, None].masked_fill(ignored, 0.0) * scale, smoothing, slope, more)
     return loss[:, 0]
 
 
@@ -212,12 +212,25 @@ def softmax_(
 
 
 def differentiate_(
-    z: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, smoothing: float, slope: torch.Tensor | None
+    z: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    smoothing: float,
+    slope: torch.Tensor | None,
+    more: torch.Tensor | None = None,
 ) -> None:
-    """Turn probabilities into the gradient of the logits, in place; `weight` [rows, 1] holds the scale, 0 where ignored."""
+    """Turn probabilities into the gradient of the logits, in place; `weight` [rows, 1] holds the scale, 0 where ignored.
+
+    With `more` [rows, 1], that many times the probabilities are added.
+    """
+    if more is not None:
+        own = z.gather(1, target)
+        z.mul_(1.0 + more).scatter_(1, target, own)  # the target's own comes last: 1 + more - 1 would cancel
     if smoothing:
         z.sub_(smoothing / z.shape[1])
     z.scatter_(1, target, z.gather(1, target) - (1.0 - smoothing))
+    if more is not None:
+        z.scatter_add_(1, target, own * more)
     z.mul_(weight)
     if slope is not None:
         z.mul_(slope)

@@ -109,15 +109,25 @@ def differentiate(
     smoothing,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
+    more=0.0,
+    HAS_Z_LOSS: tl.constexpr = False,
 ):
-    """The gradient at the columns whose logits, times the scale, are z; `inverse` divides the exponentials, `weight` times all."""
+    """The gradient at the columns whose logits, times the scale, are z; `inverse` divides the exponentials, `weight` times all.
+
+    With a z-loss, `more` times the probabilities are added last: 1 + more - 1 would cancel at the target.
+    """
     if HAS_SOFTCAP:
         capped = _tanh(z / softcap)
         z = softcap * capped
     grad = tl.exp(z - row_max) * inverse
+    if HAS_Z_LOSS:
+        added = grad * more
     if HAS_SMOOTHING:
         grad -= smoothing / n_cols
-    grad = (grad - tl.where(cols == target, 1.0 - smoothing, 0.0)) * weight
+    grad = grad - tl.where(cols == target, 1.0 - smoothing, 0.0)
+    if HAS_Z_LOSS:
+        grad += added
+    grad = grad * weight
     if HAS_SOFTCAP:
         grad *= 1.0 - capped * capped
     return grad
@@ -161,21 +171,33 @@ def cross_entropy_kernel(
     loss, row_max, total, is_class = softmax_of_row(
         Z, target, n_cols, stride_z, scale, softcap, smoothing, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK
     )
+    more = 0.0
     if HAS_Z_LOSS:
         lse = row_max + tl.log(total)
         loss += z_loss * lse * lse
+        more = 2.0 * z_loss * lse
     tl.store(LOSS + row, loss)
     if NEEDS_GRAD:
         weight = tl.load(WEIGHT + row * stride_weight) * scale
         weight = tl.where(is_class, weight, float("nan"))
         inverse = 1.0 / total
-        if HAS_Z_LOSS:
-            inverse *= 1.0 + 2.0 * z_loss * lse
         for turn in range(n_blocks):
             cols = (n_blocks - 1 - turn) * BLOCK + lanes
             z = tl.load(Z + cols, mask=cols < stride_z, other=0.0).to(tl.float32) * scale
             grad = differentiate(
-                z, cols, target, n_cols, row_max, inverse, weight, softcap, smoothing, HAS_SOFTCAP, HAS_SMOOTHING
+                z,
+                cols,
+                target,
+                n_cols,
+                row_max,
+                inverse,
+                weight,
+                softcap,
+                smoothing,
+                HAS_SOFTCAP,
+                HAS_SMOOTHING,
+                more,
+                HAS_Z_LOSS,
             )
             tl.store(Z + cols, grad.to(Z.dtype.element_ty), mask=cols < stride_z)
 

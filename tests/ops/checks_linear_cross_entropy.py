@@ -119,7 +119,7 @@ def _put_back(x: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
 
 
 TWO_ROWS = 2 * VOCAB * 4  # bytes, in float32; four rows in a dtype half as wide
-EVERYTHING: Options = {"scale": -1.5, "softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.05, "reduction": "none"}
+EVERYTHING: Options = {"scale": -1.5, "softcap": 3.0, "label_smoothing": 0.1, "reduction": "none"}
 OPTIONS: Mapping[str, Options] = {
     "mean": {},
     "sum": {"reduction": "sum"},
@@ -132,6 +132,7 @@ OPTIONS: Mapping[str, Options] = {
     "z-loss": {"z_loss": 0.1, "scale": 1.5},
     "z-loss, num_items": {"z_loss": 0.1, "num_items": 5},
     "everything": EVERYTHING,
+    "everything and z-loss": {**EVERYTHING, "z_loss": 0.05},
     "a class ignored": {"ignore_index": CLASS},
     "num_items": {"num_items": 5},
     "num_items on the device": {"num_items": torch.tensor(7, device=checks.DEVICE)},

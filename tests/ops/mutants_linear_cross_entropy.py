@@ -69,10 +69,8 @@ KERNEL = (
     Mutant(FUSED, "0 if weight_C is None else weight_C.stride(0)", "0", "the weights' stride ignored"),
     Mutant(FUSED, "lse = row_max + tl.log(total)", "lse = tl.log(total)", "the maximum forgotten in lse"),
     Mutant(FUSED, "loss += z_loss * lse * lse", "loss += z_loss * lse", "lse not squared"),
-    Mutant(FUSED, "1.0 + 2.0 * z_loss * lse", "1.0 + z_loss * lse", "half the gradient of lse^2"),
-    Mutant(
-        FUSED, "            inverse *= 1.0 + 2.0 * z_loss * lse\n", "            inverse *= 1.0\n", "no gradient of it"
-    ),
+    Mutant(FUSED, "more = 2.0 * z_loss * lse", "more = z_loss * lse", "half the gradient of lse^2"),
+    Mutant(FUSED, "        grad += added\n", "        grad += 0.0\n", "no gradient of it"),
     Mutant(FUSED, "HAS_Z_LOSS=z_loss > 0", "HAS_Z_LOSS=False", "no z-loss at all"),
 )
 
@@ -117,7 +115,9 @@ ROWS = (
         "z_loss * lse.square()",
         "ignored rows have a z-loss",
     ),
-    Mutant(EAGER, "1.0 + 2.0 * z_loss * lse", "1.0 + z_loss * lse", "half the gradient of lse^2"),
+    Mutant(EAGER, "more = 2.0 * z_loss * lse", "more = z_loss * lse", "half the gradient of lse^2"),
+    Mutant(EAGER, "z.scatter_add_(1, target, own * more)", "own = own * more", "no gradient of lse^2 at the target"),
+    Mutant(EAGER, "z.mul_(1.0 + more)", "z", "no gradient of lse^2 beside the target"),
 )
 
 LOOP = (

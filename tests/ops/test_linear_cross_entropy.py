@@ -23,6 +23,7 @@ from tests.ops.checks_linear_cross_entropy import (
     check_autocast,
     check_bits,
     check_ignored_rows,
+    check_in_orders,
     check_memory,
     check_rows,
     check_scale,
@@ -46,6 +47,16 @@ def test_every_option(implementation: str, dtype: torch.dtype, options: Options)
 def test_shapes(implementation: str, vocab: int, options: Options) -> None:
     one = operation(implementation, vocab, **options)
     check_values(one, torch.float32)
+    for rows in (0, 1, 7):
+        checks.check_shape(one, torch.bfloat16, (rows, 8), draws=2)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("vocab", [1, 2, 63, 4097])
+def test_shapes_with_z_loss(implementation: str, vocab: int) -> None:
+    """Where the target has nearly all of the probability, what z-loss adds must not cancel; few classes take many draws."""
+    one = operation(implementation, vocab, **EVERYTHING, z_loss=0.05)
+    check_in_orders(one, (16, 32), draws=16 if vocab < 63 else 2)
     for rows in (0, 1, 7):
         checks.check_shape(one, torch.bfloat16, (rows, 8), draws=2)
 
