@@ -7,7 +7,7 @@ from automodel_accel.recipes.nemo.contract import Chosen, Differs, Ignored, Rule
 from automodel_accel.recipes.nemo.targets import RECIPES, target_rule
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32"}
-ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+ATTENTION = Ignored("which backend of attention: `accel.attention` takes the fastest that is proved exact")
 STYLES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "wsd": "wsd"}
 
 SPEED = Ignored("how fast, not what: `accel` chooses kernels")
@@ -54,12 +54,6 @@ def _nothing(why: str = "what ours does without being told") -> Ignored:
 
 def _recompute(value: Any) -> Any:
     return {True: "full", "full": "full", "selective": "selective"}.get(value)
-
-
-def _attention(value: Any) -> Rule:
-    if value in ATTENTION:
-        return To("model.attn_implementation")
-    return Ignored("a backend of attention: `accel.attention` takes the fastest that is proved")
 
 
 def _style(value: Any) -> Rule:
@@ -138,9 +132,9 @@ KEYS: tuple[tuple[str, Chosen], ...] = (
     ("model.torch_dtype", To("model.dtype", _dtype)),
     ("model.dtype", To("model.dtype", _dtype)),
     ("model.revision", To("model.revision")),
-    ("model.attn_implementation", _attention),
-    ("model.config.attn_implementation*", _attention),
-    ("model.config._attn_implementation", _attention),
+    ("model.attn_implementation", ATTENTION),
+    ("model.config.attn_implementation*", ATTENTION),
+    ("model.config._attn_implementation", ATTENTION),
     (
         "model.backend.fake_balanced_gate",
         _when(_true, Unmapped("sends tokens to experts by turns, to measure speed"), _nothing()),
