@@ -188,7 +188,7 @@ class _Running:
         # meta knows nothing of packages: what is missing is listed elsewhere
         chosen = {"attn_implementation": attention} if attention in ("sdpa", "eager") else {}
         with torch.device("meta"):
-            model: nn.Module = AUTO[task_of(self.recipe)].from_config(
+            model: nn.Module = AUTO[task_of(self.recipe, config)].from_config(
                 config, dtype=dtype_of(self.recipe.model), **chosen
             )
         return (

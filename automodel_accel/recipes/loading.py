@@ -19,6 +19,10 @@ from automodel_accel.recipes.recipe import Lora, Model, Recipe
 
 IMAGES, TEXT = "image_text_to_text", "causal_lm"
 AUTO: dict[str, Any] = {TEXT: transformers.AutoModelForCausalLM, IMAGES: transformers.AutoModelForImageTextToText}
+CLASSES = {
+    TEXT: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    IMAGES: transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+}
 MOST_IN_MEMORY = 0.5  # of the host's memory that whole copies of all of a node's ranks may take
 
 
@@ -54,7 +58,7 @@ def load_tokenizer(recipe: Recipe) -> Any:
     auto = transformers.AutoProcessor if recipe.has_images else transformers.AutoTokenizer
     try:
         return auto.from_pretrained(source, **_from(model), **(model.processor if recipe.has_images else {}))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         if recipe.data.kind in ("mock", "bins") and model.tokenizer is None:
             return None
         raise ValueError(
@@ -63,11 +67,18 @@ def load_tokenizer(recipe: Recipe) -> Any:
         ) from error
 
 
-def task_of(recipe: Recipe) -> str:
-    """Which of transformers' auto classes builds the model."""
+def task_of(recipe: Recipe, config: Any = None) -> str:
+    """Which of transformers' auto classes builds the model.
+
+    Args:
+        recipe: What it asks for, else what its data are.
+        config: Of the model: where the recipe leaves it open and the type has a class for the other task alone, it is that one, such
+            as for text and a model that is always given with its vision tower.
+    """
     if recipe.model.task != "auto":
         return recipe.model.task
-    return IMAGES if recipe.has_images else TEXT
+    wanted, other = (IMAGES, TEXT) if recipe.has_images else (TEXT, IMAGES)
+    return other if type(config) not in CLASSES[wanted] and type(config) in CLASSES[other] else wanted
 
 
 def load_config(model: Model) -> Any:
@@ -101,8 +112,8 @@ def load_model(recipe: Recipe, ranks: Ranks) -> nn.Module:
     Raises:
         ValueError: what cannot be read, adapted, frozen or spread.
     """
-    made, task = recipe.model, task_of(recipe)
-    config, device = load_config(made), device_of(ranks)
+    made, config, device = recipe.model, load_config(recipe.model), device_of(ranks)
+    task = task_of(recipe, config)
     in_parts = _in_parts(made, config, task, ranks)
     if in_parts:
         with torch.device("meta"):

@@ -75,7 +75,7 @@ def try_out(recipe: Recipe, folder: Path) -> Trial:
     made = tiny(found.type, dtype=dtype_of(recipe.model))
     said = io.StringIO()  # lines and bars of the loop and of transformers: the rows say the same
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        made.model.save_pretrained(folder / MODEL)
+        made.save(folder / MODEL)
         smaller, changed = _smaller(recipe, task, _vocabulary(made.model), folder)
         run = build(smaller, smaller.mesh.ranks())
         sees = recipe.has_images and made.has_image
@@ -130,7 +130,7 @@ def _smaller(recipe: Recipe, task: str, vocabulary: int, folder: Path) -> tuple[
     teacher = recipe.distillation
     if teacher is not None:
         of_teacher, _ = find_model(teacher.teacher, TEXT, folder)
-        tiny(of_teacher.type, dtype=dtype_of(teacher.teacher), seed=1).model.save_pretrained(folder / TEACHER)
+        tiny(of_teacher.type, dtype=dtype_of(teacher.teacher), seed=1).save(folder / TEACHER)
         teacher = replace(teacher, teacher=_model(teacher.teacher, folder / TEACHER, TEXT, changed))
     if recipe.mesh != Mesh():
         changed.append("the mesh is checked and not run: the trial has one process")

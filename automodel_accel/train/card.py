@@ -1,5 +1,6 @@
 """The model card of a run: what was trained, on what, and what came of it, as Hugging Face's hub shows it."""
 
+import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,6 @@ def _shared(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _version() -> str:
-    import automodel_accel
-
     packages = this_machine().packages
     others = ", ".join(f"{name} {packages[name]}" for name in PACKAGES if name in packages)
-    return f"{automodel_accel.__version__}" + (f" ({others})" if others else "")
+    return importlib.metadata.version("automodel-accel") + (f" ({others})" if others else "")

@@ -91,6 +91,10 @@ def target_rule(key: str, name: object) -> Chosen:
     section = key.split(".")[0]
     if key == "model.config._target_" and text.endswith(".from_pretrained"):
         return Ignored("transformers reads the config by the type that it names")
+    if key == "model.config._target_":
+        return Unmapped(
+            f"{text}: sizes of a config of their own; save such a config, and name its folder as model.path"
+        )
     if key == "processor._target_":
         return Ignored("transformers' AutoProcessor reads what the model brings")
     if key.endswith("collate_fn._target_") or key.endswith("collate_fn"):

@@ -70,11 +70,14 @@ class Type:
         cls = MAPPINGS[self.kind][self.name]
         return getattr(transformers, cls if isinstance(cls, str) else cls[0])  # type: ignore[no-any-return]
 
+    def whole(self, rules: Rules) -> PreTrainedConfig:
+        """The tiny configuration that names the type, of which the class may take a part."""
+        return shrink(default_config(CONFIG_MAPPING[self.name]) if self.source is None else self.source, rules)
+
     def config(self, rules: Rules) -> PreTrainedConfig:
         """The configuration that the class of the mapping takes, tiny."""
         wanted = getattr(self.model_class, "config_class", None)
-        whole = default_config(CONFIG_MAPPING[self.name]) if self.source is None else self.source
-        config = shrink(whole, rules)
+        config = self.whole(rules)
         if wanted is not None and not isinstance(config, wanted):
             # a language model named by its vision-language configuration
             parts = [getattr(config, part, None) for part in getattr(type(config), "sub_configs", {})]

@@ -3,16 +3,23 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedModel,
+)
 
 from automodel_accel.recipes.tiny import images
 from automodel_accel.recipes.tiny.building import ATTEMPTS, BUILD_ERRORS, Type, make_model, repaired
 from automodel_accel.recipes.tiny.images import Look
 from automodel_accel.recipes.tiny.shrink import Rules
 from automodel_accel.recipes.tiny.text import text_batch
+
+AUTO_CLASSES = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING, "vlm": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING}
 
 
 class Unbuildable(Exception):
@@ -47,6 +54,7 @@ class Tiny:
     type: Type
     model: PreTrainedModel
     image: Look | None
+    rules: Rules = field(default_factory=Rules)
 
     @property
     def has_image(self) -> bool:
@@ -58,6 +66,18 @@ class Tiny:
         text = text_batch(self.model, rows, tokens, ignored, seed)
         return text if self.image is None else images.with_image(self.model, text, self.image, seed)
 
+    def save(self, folder: Path) -> None:
+        """As `save_pretrained`, with a config that leads transformers' auto classes to this class again."""
+        self.model.save_pretrained(folder)
+        part = self.model.config
+        if part.__class__ in AUTO_CLASSES[self.type.kind]:
+            return
+        whole = self.type.whole(self.rules)
+        setattr(
+            whole, next(name for name in whole.sub_configs if isinstance(getattr(whole, name), part.__class__)), part
+        )
+        whole.save_pretrained(folder)
+
 
 def build(type: Type, way: Way, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tiny:
     """The model of a type in this way; the same weights for the same seed. Raises `Unbuildable`."""
@@ -65,7 +85,7 @@ def build(type: Type, way: Way, dtype: torch.dtype = torch.float32, seed: int = 
         model = make_model(type, way.rules(), seed, dtype)
     except BUILD_ERRORS as error:
         raise Unbuildable(_line(error)) from error
-    return Tiny(type, model, way.image)
+    return Tiny(type, model, way.image, way.rules())
 
 
 def find_way(type: Type) -> Way:
