@@ -22,7 +22,9 @@ def export(
         bool, typer.Option("--adapter", help="The adapter alone, instead of merging it into the weights.")
     ] = False,
     step: Annotated[int | None, typer.Option(help="Of a run: its checkpoint of this step.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16, float32, or auto.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: bfloat16, float16, float32, or auto, as they were stored.")
+    ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
 ) -> None:
     """Write a plain folder that transformers, vLLM and TensorRT-LLM load: weights, config, tokenizer, model card."""
@@ -37,13 +39,13 @@ def _export(name: str, to: Path, adapter: bool, step: int | None, dtype: str, ma
     from peft import PeftModel
 
     from automodel_accel.checkpoint import export as write
-    from automodel_accel.recipes.opening import open_model
+    from automodel_accel.recipes.opening import STORED, open_model
 
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"--dtype {dtype}: expected bfloat16, float16, float32 or auto.")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"{to} is there already and not empty; expected a new folder.")
-    opened = open_model(name, step=step, dtype=dtype)
+    opened = open_model(name, step=step, dtype=STORED if dtype == "auto" else dtype)
     made: Any = opened.model
     if adapter and not isinstance(made, PeftModel):
         raise ValueError(f"{name} has no adapter; leave --adapter out.")
