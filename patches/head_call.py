@@ -80,6 +80,7 @@ class LossRequest:
 
     Attributes:
         recipe: What came after the sum.
+        z_loss: Factor of lse^2, which is added to the loss of each token that counts.
         low_rank: The summands beside the head's own product, each with what its linear was given.
         row: [V], added by the model.
     """
@@ -89,6 +90,7 @@ class LossRequest:
     ignore_index: int
     reduction: str
     label_smoothing: float
+    z_loss: float = 0.0
     low_rank: tuple[tuple[Summand, torch.Tensor], ...] = ()
     row: torch.Tensor | None = None
 

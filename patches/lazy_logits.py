@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_map
 from automodel_accel.patches.head_call import HeadCall, LossRequest, Recipe, call_head
 from automodel_accel.patches.vocab import vocab_length
 
+IGNORED = -100
+
 
 class LazyLogits:
     """Stands for logits [..., vocab] of `hiddens`: one [..., H] per summand of the call; see the module's docstring.
@@ -286,6 +288,7 @@ class LazyLogits:
         """The fused loss, or None where these arguments need the logits."""
         weight, reduction = kwargs.pop("weight", None), kwargs.pop("reduction", "mean")
         ignore_index, smoothing = kwargs.pop("ignore_index", -100), kwargs.pop("label_smoothing", 0.0)
+        z_loss = kwargs.pop("z_loss", 0.0)
         classes = isinstance(target, torch.Tensor) and target.dim() == 1 and target.dtype == torch.long
         legacy = any(value is not None for value in kwargs.values())  # size_average, reduce
         if not self._can_scale or self.dim() != 2 or not classes or weight is not None or legacy:
@@ -294,7 +297,9 @@ class LazyLogits:
         if not all(summand.is_whole for summand in others):
             return None
         low_rank = tuple(zip(others, self._hiddens[1:], strict=True))
-        request = LossRequest(self._recipe, target, ignore_index, reduction, smoothing, low_rank, self._call.row)
+        request = LossRequest(
+            self._recipe, target, ignore_index, reduction, smoothing, z_loss, low_rank, self._call.row
+        )
         loss: torch.Tensor = call_head(head.linear, self._hidden, request)
         self._call.loss_taken = True
         self._call.note_versions()
@@ -363,6 +368,42 @@ class LazyLogits:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return self.materialise("deepcopy").detach().clone()
+
+
+def cross_entropy(
+    logits: Any,
+    target: torch.Tensor,
+    *,
+    ignore_index: int = IGNORED,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> torch.Tensor:
+    """`F.cross_entropy` of lazy or of real logits, with z_loss * lse^2 added to the loss of each token that counts.
+
+    Args:
+        logits: [N, V].
+        target: [N], int64; `ignore_index` does not count.
+        ignore_index: As torch's.
+        reduction: "mean" over the targets that count, or "sum".
+        label_smoothing: As torch's.
+        z_loss: The factor (Chowdhery et al., "PaLM", 2022, section 5).
+    """
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+    }
+    loss = logits._cross_entropy(target, z_loss=z_loss, **options) if isinstance(logits, LazyLogits) else None
+    if loss is not None:
+        return loss
+    logits = real(logits, "cross_entropy")
+    found = F.cross_entropy(logits, target, **options)
+    if not z_loss:
+        return found
+    counts = target != ignore_index
+    squares = torch.where(counts, torch.logsumexp(logits, -1).square(), 0.0).sum()
+    return found + z_loss * (squares / counts.sum() if reduction == "mean" else squares)
 
 
 def real(value: Any, why: str) -> Any:

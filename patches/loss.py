@@ -335,6 +335,7 @@ def _loss(head: nn.Linear, hidden: torch.Tensor, request: LossRequest, proven: P
         softcap=abs(recipe.after) if recipe.tanh else None,
         ignore_index=request.ignore_index,
         label_smoothing=request.label_smoothing,
+        z_loss=request.z_loss,
         reduction=request.reduction,
         shard=counted,
         implementation=proven[hidden.device.type, dtype],

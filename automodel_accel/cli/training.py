@@ -77,7 +77,7 @@ def _train(recipe: Path, overrides: list[str], print_config: bool, dry_run: bool
         from automodel_accel.recipes.dry_run import dry_run as tried
 
         speak()
-        found = tried(chosen, tiny=tiny, world_size=processes)
+        found = tried(chosen, tiny=tiny, world_size=processes if processes > 1 else None)
         print(found)
         raise typer.Exit(found.exit_code)
     _run(chosen, recipe)

@@ -211,6 +211,8 @@ class Recipe:
             raise ValueError("accel.fp8 and fp8 say the same; leave accel.fp8 out.")
         if self.accel is False and self.distillation is not None:
             raise ValueError("distillation is one of accel's operations, and accel is false; leave one of them out.")
+        if self.distillation is not None and self.mesh.context > 1:
+            raise ValueError("mesh.context cuts rows over ranks, of which a teacher is given the whole; set it to 1.")
         has_images = isinstance(self.data, VISION_KINDS)
         others = [name for name, one in self.held_out.items() if isinstance(one, VISION_KINDS) != has_images]
         if others:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from automodel_accel.evaluation import takes_num_items
+from automodel_accel.parallel.tokens import label_tokens
 from automodel_accel.patches.divergence import divergence
 from automodel_accel.patches.loss import loss_only
 
@@ -41,10 +43,15 @@ class Teacher:
             ValueError: the vocabularies differ.
         """
         with torch.no_grad(), loss_only(self.model):
-            said = self.model(**batch).logits
-        outputs = student(**batch, num_items_in_batch=items)
+            said = self.model(**{**batch, "use_cache": False}).logits
+        if takes_num_items(student):
+            outputs = student(**batch, num_items_in_batch=items)
+            own = outputs.loss
+        else:
+            outputs = student(**batch)
+            own = outputs.loss * (label_tokens(batch) / items)
         apart = divergence(outputs.logits, said, label_mask(batch), self.temperature) / items
-        total: torch.Tensor = (1 - self.weight) * outputs.loss + self.weight * apart
+        total: torch.Tensor = (1 - self.weight) * own + self.weight * apart
         return total
 
 

@@ -92,10 +92,8 @@ def cross_entropy(
         ValueError: shapes, dtypes or options do not fit, a target is out of range (CPU), or the implementation cannot serve the call.
     """
     _check_tensors(logits, target, token_weight)
-    check_options("cross_entropy", softcap, label_smoothing, reduction, num_items)
+    check_options("cross_entropy", softcap, label_smoothing, z_loss, reduction, num_items)
     check_shard("cross_entropy", "logits", logits.shape, logits.shape[-1], shard)
-    if not z_loss >= 0:
-        raise ValueError(f"cross_entropy: z_loss is {z_loss}, expected a factor of at least 0.")
     if num_items is not None and not isinstance(num_items, torch.Tensor):
         num_items = logits.new_full((), num_items, dtype=compute_dtype(logits), requires_grad=False)
     form = (scale, softcap, ignore_index, label_smoothing, z_loss)

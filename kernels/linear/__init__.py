@@ -109,7 +109,8 @@ class _Linears(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype, ctx.compute_dtype = x.shape, x.dtype, outputs[0].dtype
         ctx.low_dtype = next((one.dtype for one in p if one is not None), None)
         ctx.set_materialize_grads(False)
-        return outputs
+        # a view that is made in here could not be written in place, which models do with an output that nobody else has
+        return tuple(torch.ops.aten._unsafe_view(one, one.shape) if one._is_view() else one for one in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:

@@ -2,9 +2,10 @@
 
     z = scale * (hidden @ weight.T + bias)      or softcap * tanh(that / softcap)           lse = log(sum over V of exp(z))
         + lora_x @ lora_b.T within the brackets for a LoRA'd head
-    loss = lse - (1 - s) z_target - s mean over V of z                                      with label smoothing s
+    loss = lse - (1 - s) z_target - s mean over V of z + c lse^2                            with label smoothing s and z-loss c
 
-    dz = w (exp(z - lse) - s / V - (1 - s) [v = target])      w = grad_output / number of targets, times scale (1 - tanh^2)
+    dz = w ((1 + 2 c lse) exp(z - lse) - s / V - (1 - s) [v = target])
+    w = grad_output / number of targets, times scale (1 - tanh^2)
     dhidden = dz @ weight          dweight = dz.T @ hidden          dbias = sum over rows of dz
     dlora_x = dz @ lora_b          dlora_b = dz.T @ lora_x
 
@@ -15,7 +16,8 @@ backward, from hidden and weight, by the same loop. Targets that are ignored are
 
 Beyond inputs and gradients it needs one chunk: no [N, V], no second [V, H]. Floor: 6 N H V FLOPs, 2 N H V of which each of a
 frozen hidden and a frozen weight spares. Sources: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024;
-Hsu et al., "Liger Kernel", 2024 (gradients in the forward pass); Hu et al., "LoRA", 2021.
+Hsu et al., "Liger Kernel", 2024 (gradients in the forward pass); Hu et al., "LoRA", 2021; Chowdhery et al., "PaLM", 2022,
+section 5 (z-loss).
 """
 
 from typing import Any
@@ -60,6 +62,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     reduction: str = "mean",
     num_items: float | torch.Tensor | None = None,
     valid_rows: int | None = None,
@@ -85,6 +88,7 @@ def linear_cross_entropy(
         softcap: Logits become softcap * tanh(logits / softcap); None for none.
         ignore_index: Target of tokens that do not count; their row of the gradient is zero.
         label_smoothing: Share of the target spread evenly over all classes, in [0, 1].
+        z_loss: Factor of lse^2, which is added to the loss of each token that counts.
         reduction: "mean" over the targets that count, "sum", or "none".
         num_items: Divides the sum in place of the number of targets that count: a number, or a 0-d tensor that is not read by
             the host. Only with "mean".
@@ -107,7 +111,7 @@ def linear_cross_entropy(
     """
     tensors = Tensors(hidden, weight, bias, lora_x, lora_b)
     _check_tensors(tensors, target)
-    check_options("linear_cross_entropy", softcap, label_smoothing, reduction, num_items)
+    check_options("linear_cross_entropy", softcap, label_smoothing, z_loss, reduction, num_items)
     _check_bounds(valid_rows, workspace_bytes)
     check_shard("linear_cross_entropy", "weight", weight.shape, weight.shape[0], shard)
     if num_items is not None and not isinstance(num_items, torch.Tensor):
@@ -119,6 +123,7 @@ def linear_cross_entropy(
         softcap,
         ignore_index,
         label_smoothing,
+        z_loss,
         reduction,
         valid_rows,
         workspace_bytes,
@@ -163,6 +168,7 @@ def check_options(
     name: str,
     softcap: float | None,
     label_smoothing: float,
+    z_loss: float,
     reduction: str,
     num_items: float | torch.Tensor | None,
 ) -> None:
@@ -173,6 +179,8 @@ def check_options(
         raise ValueError(f"{name}: softcap is {softcap}, expected a positive number, or None for no soft-cap.")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{name}: label_smoothing is {label_smoothing}, expected a share between 0 and 1.")
+    if not z_loss >= 0:
+        raise ValueError(f"{name}: z_loss is {z_loss}, expected a factor of at least 0.")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"{name}: num_items divides a mean, but reduction is {reduction!r}; leave one of them out.")
     if isinstance(num_items, torch.Tensor) and num_items.dim():
@@ -231,6 +239,7 @@ def _forward(
     softcap: float | None,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
     reduction: str,
     valid_rows: int | None,
     workspace_bytes: int | None,
@@ -245,6 +254,7 @@ def _forward(
         softcap,
         ignore_index,
         label_smoothing,
+        z_loss,
         reduction,
         valid_rows,
         workspace_bytes,
@@ -284,6 +294,7 @@ def _backward(
     softcap: float | None,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
     reduction: str,
     valid_rows: int | None,
     workspace_bytes: int | None,
@@ -298,6 +309,7 @@ def _backward(
         softcap,
         ignore_index,
         label_smoothing,
+        z_loss,
         reduction,
         valid_rows,
         workspace_bytes,

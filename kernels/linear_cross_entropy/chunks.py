@@ -47,6 +47,7 @@ class Options(NamedTuple):
     softcap: float | None
     ignore_index: int
     label_smoothing: float
+    z_loss: float
     reduction: str
     valid_rows: int | None
     workspace_bytes: int | None
@@ -57,9 +58,9 @@ class Options(NamedTuple):
     vocab: int = 0
 
     @property
-    def loss(self) -> tuple[float, float | None, int, float]:
+    def loss(self) -> tuple[float, float | None, int, float, float]:
         """What an implementation takes after its tensors."""
-        return self[:4]
+        return self[:5]
 
     def ready_in_forward(self, dtype: torch.dtype) -> bool:
         """Whether the gradients are computed in forward, up to the factor grad_output."""

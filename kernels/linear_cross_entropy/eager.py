@@ -21,9 +21,10 @@ def forward(
     softcap: float | None,
     ignore_index: int,
     smoothing: float,
+    z_loss: float,
 ) -> torch.Tensor:
     """Return the loss of each row in the compute dtype, 0 where the target is `ignore_index`. The logits are used up."""
-    return _in_blocks(logits_CV, target_C, None, scale, softcap, ignore_index, smoothing)
+    return _in_blocks(logits_CV, target_C, None, scale, softcap, ignore_index, smoothing, z_loss)
 
 
 def backward(
@@ -34,9 +35,10 @@ def backward(
     softcap: float | None,
     ignore_index: int,
     smoothing: float,
+    z_loss: float,
 ) -> torch.Tensor:
     """Return what `forward` does, and overwrite the logits with the gradient of sum(weight * loss) with respect to them."""
-    return _in_blocks(logits_CV, target_C, weight_C, scale, softcap, ignore_index, smoothing)
+    return _in_blocks(logits_CV, target_C, weight_C, scale, softcap, ignore_index, smoothing, z_loss)
 
 
 def shard_forward(
@@ -137,13 +139,14 @@ def _in_blocks(
     softcap: float | None,
     ignore_index: int,
     smoothing: float,
+    z_loss: float,
 ) -> torch.Tensor:
     compute_dtype = torch.promote_types(logits_CV.dtype, torch.float32)
     loss_C = logits_CV.new_empty(logits_CV.shape[0], dtype=compute_dtype)
     for rows in _blocks(logits_CV, compute_dtype):
         weight = None if weight_C is None else weight_C[rows]
         wide = logits_CV[rows].to(compute_dtype)  # the block itself where it is wide already
-        loss_C[rows] = _block_(wide, target_C[rows], weight, scale, softcap, ignore_index, smoothing)
+        loss_C[rows] = _block_(wide, target_C[rows], weight, scale, softcap, ignore_index, smoothing, z_loss)
         if weight is not None and wide.dtype != logits_CV.dtype:
             logits_CV[rows] = wide
     return loss_C
@@ -163,15 +166,20 @@ def _block_(
     softcap: float | None,
     ignore_index: int,
     smoothing: float,
+    z_loss: float,
 ) -> torch.Tensor:
     """Return the loss of each row; overwrite z [rows, V] with its gradient where there is a weight, with anything else where not."""
     ignored = (target == ignore_index)[:, None]
     target = target[:, None].masked_fill(ignored, 0)
     slope = cap_(z, ignored, scale, softcap, needs_slope=weight is not None)
-    loss, _, total = softmax_(z, target, ignored, smoothing)
+    loss, largest, total = softmax_(z, target, ignored, smoothing)
+    if z_loss:
+        lse = largest + total.log()
+        loss += (z_loss * lse.square()).masked_fill_(ignored, 0.0)
     if weight is not None:
         z.div_(total)
-        differentiate_(z, target, weight[:, None].masked_fill(ignored, 0.0) * scale, smoothing, slope)
+        more = 2.0 * z_loss * lse if z_loss else None
+        differentiate_(z, target, weight[:, None].masked_fill(ignored, 0.0) * scale, smoothing, slope, more)
     return loss[:, 0]
 
 
@@ -204,12 +212,25 @@ def softmax_(
 
 
 def differentiate_(
-    z: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, smoothing: float, slope: torch.Tensor | None
+    z: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    smoothing: float,
+    slope: torch.Tensor | None,
+    more: torch.Tensor | None = None,
 ) -> None:
-    """Turn probabilities into the gradient of the logits, in place; `weight` [rows, 1] holds the scale, 0 where ignored."""
+    """Turn probabilities into the gradient of the logits, in place; `weight` [rows, 1] holds the scale, 0 where ignored.
+
+    With `more` [rows, 1], that many times the probabilities are added.
+    """
+    if more is not None:
+        own = z.gather(1, target)
+        z.mul_(1.0 + more).scatter_(1, target, own)  # the target's own comes last: 1 + more - 1 would cancel
     if smoothing:
         z.sub_(smoothing / z.shape[1])
     z.scatter_(1, target, z.gather(1, target) - (1.0 - smoothing))
+    if more is not None:
+        z.scatter_add_(1, target, own * more)
     z.mul_(weight)
     if slope is not None:
         z.mul_(slope)

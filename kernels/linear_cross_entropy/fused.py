@@ -109,15 +109,25 @@ def differentiate(
     smoothing,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
+    more=0.0,
+    HAS_Z_LOSS: tl.constexpr = False,
 ):
-    """The gradient at the columns whose logits, times the scale, are z; `inverse` divides the exponentials, `weight` times all."""
+    """The gradient at the columns whose logits, times the scale, are z; `inverse` divides the exponentials, `weight` times all.
+
+    With a z-loss, `more` times the probabilities are added last: 1 + more - 1 would cancel at the target.
+    """
     if HAS_SOFTCAP:
         capped = _tanh(z / softcap)
         z = softcap * capped
     grad = tl.exp(z - row_max) * inverse
+    if HAS_Z_LOSS:
+        added = grad * more
     if HAS_SMOOTHING:
         grad -= smoothing / n_cols
-    grad = (grad - tl.where(cols == target, 1.0 - smoothing, 0.0)) * weight
+    grad = grad - tl.where(cols == target, 1.0 - smoothing, 0.0)
+    if HAS_Z_LOSS:
+        grad += added
+    grad = grad * weight
     if HAS_SOFTCAP:
         grad *= 1.0 - capped * capped
     return grad
@@ -136,8 +146,10 @@ def cross_entropy_kernel(
     softcap,
     ignore_index,
     smoothing,
+    z_loss,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
     NEEDS_GRAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -159,6 +171,11 @@ def cross_entropy_kernel(
     loss, row_max, total, is_class = softmax_of_row(
         Z, target, n_cols, stride_z, scale, softcap, smoothing, HAS_SOFTCAP, HAS_SMOOTHING, BLOCK
     )
+    more = 0.0
+    if HAS_Z_LOSS:
+        lse = row_max + tl.log(total)
+        loss += z_loss * lse * lse
+        more = 2.0 * z_loss * lse
     tl.store(LOSS + row, loss)
     if NEEDS_GRAD:
         weight = tl.load(WEIGHT + row * stride_weight) * scale
@@ -168,7 +185,19 @@ def cross_entropy_kernel(
             cols = (n_blocks - 1 - turn) * BLOCK + lanes
             z = tl.load(Z + cols, mask=cols < stride_z, other=0.0).to(tl.float32) * scale
             grad = differentiate(
-                z, cols, target, n_cols, row_max, inverse, weight, softcap, smoothing, HAS_SOFTCAP, HAS_SMOOTHING
+                z,
+                cols,
+                target,
+                n_cols,
+                row_max,
+                inverse,
+                weight,
+                softcap,
+                smoothing,
+                HAS_SOFTCAP,
+                HAS_SMOOTHING,
+                more,
+                HAS_Z_LOSS,
             )
             tl.store(Z + cols, grad.to(Z.dtype.element_ty), mask=cols < stride_z)
 
@@ -293,9 +322,10 @@ def forward(
     softcap: float | None,
     ignore_index: int,
     smoothing: float,
+    z_loss: float,
 ) -> torch.Tensor:
     """Return the loss of each row in float32, 0 where the target is `ignore_index`, NaN where it is no class."""
-    return _launch(logits_CV, target_C, None, scale, softcap, ignore_index, smoothing)
+    return _launch(logits_CV, target_C, None, scale, softcap, ignore_index, smoothing, z_loss)
 
 
 def backward(
@@ -306,9 +336,10 @@ def backward(
     softcap: float | None,
     ignore_index: int,
     smoothing: float,
+    z_loss: float,
 ) -> torch.Tensor:
     """Return what `forward` does, and overwrite the logits with the gradient of sum(weight * loss) with respect to them."""
-    return _launch(logits_CV, target_C, weight_C, scale, softcap, ignore_index, smoothing)
+    return _launch(logits_CV, target_C, weight_C, scale, softcap, ignore_index, smoothing, z_loss)
 
 
 def shard_forward(
@@ -403,6 +434,7 @@ def _launch(
     softcap: float | None,
     ignore_index: int,
     smoothing: float,
+    z_loss: float,
 ) -> torch.Tensor:
     n_rows, n_cols = logits_CV.shape
     loss_C = torch.empty(n_rows, dtype=torch.float32, device=logits_CV.device)
@@ -420,8 +452,10 @@ def _launch(
         1.0 if softcap is None else softcap,
         ignore_index,
         smoothing,
+        z_loss,
         HAS_SOFTCAP=softcap is not None,
         HAS_SMOOTHING=smoothing > 0,
+        HAS_Z_LOSS=z_loss > 0,
         NEEDS_GRAD=weight_C is not None,
         BLOCK=min(next_power_of_2(n_cols), MAX_BLOCK),
         num_warps=8,

@@ -16,6 +16,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     reduction: str = "mean",
     num_items: float | torch.Tensor | None = None,
     lora_x: torch.Tensor | None = None,
@@ -31,11 +32,13 @@ def linear_cross_entropy(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if num_items is not None:
-        total = F.cross_entropy(
-            logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
-        )
-        return total / num_items
-    return F.cross_entropy(
-        logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+    reduced = reduction if num_items is None else "sum"
+    loss = F.cross_entropy(
+        logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduced
     )
+    if z_loss:
+        counts = target != ignore_index
+        squares = torch.where(counts, torch.logsumexp(logits, -1).square(), 0.0)
+        total = squares if reduced == "none" else squares.sum()
+        loss = loss + z_loss * (total / counts.sum() if reduced == "mean" else total)
+    return loss if num_items is None else loss / num_items

@@ -64,9 +64,11 @@ class Sharded:
         softcap: float | None,
         ignore_index: int,
         smoothing: float,
+        z_loss: float,
     ) -> torch.Tensor:
         """Return the loss of each row, 0 where the target is `ignore_index`, NaN where it is no class."""
-        return self.softmax(logits_CV, target_C, scale, softcap, ignore_index, smoothing)[0]
+        loss_C, largest_C, total_C = self.softmax(logits_CV, target_C, scale, softcap, ignore_index, smoothing)
+        return with_z_loss(loss_C, target_C, largest_C, total_C, ignore_index, z_loss)
 
     def backward(
         self,
@@ -77,10 +79,14 @@ class Sharded:
         softcap: float | None,
         ignore_index: int,
         smoothing: float,
+        z_loss: float,
     ) -> torch.Tensor:
         """Return what `forward` does, and overwrite the logits with the gradient of sum(weight * loss) with respect to them."""
         options = scale, softcap, ignore_index, smoothing
         loss_C, largest_C, total_C = self.softmax(logits_CV, target_C, *options)
+        loss_C = with_z_loss(loss_C, target_C, largest_C, total_C, ignore_index, z_loss)
+        if z_loss:  # dividing by less, the exponentials become (1 + 2 c lse) times the probabilities
+            total_C = total_C / (1.0 + 2.0 * z_loss * (largest_C + total_C.log()))
         weight_C = torch.where(self.is_class(target_C), weight_C, torch.nan)
         self.module.shard_backward(logits_CV, target_C, weight_C, largest_C, total_C, self.start, self.vocab, *options)
         return loss_C
@@ -117,3 +123,18 @@ class Sharded:
     def is_class(self, target_C: torch.Tensor) -> torch.Tensor:
         """Whether each target is a class of the whole vocabulary."""
         return (target_C >= 0) & (target_C < self.vocab)
+
+
+def with_z_loss(
+    loss_C: torch.Tensor,
+    target_C: torch.Tensor,
+    largest_C: torch.Tensor,
+    total_C: torch.Tensor,
+    ignore_index: int,
+    z_loss: float,
+) -> torch.Tensor:
+    """The loss of each row with z_loss * lse^2 added where the target counts."""
+    if not z_loss:
+        return loss_C
+    squares_C = (largest_C + total_C.log()).square()
+    return loss_C + z_loss * squares_C.masked_fill_(target_C == ignore_index, 0.0)

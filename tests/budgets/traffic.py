@@ -242,7 +242,7 @@ def measure_cross_entropy() -> list[Traffic]:
     rows = []
     for direction in ("forward", "backward"):
         logits = torch.randn(CHUNK, VOCABULARY, generator=torch.Generator().manual_seed(0)).to(DTYPE)
-        options = (1.0, None, -100, 0.0)
+        options = (1.0, None, -100, 0.0, 0.0)
         weight = torch.ones(()).expand(CHUNK)
         with Watch() as watch:
             if direction == "forward":

@@ -128,12 +128,12 @@ GATED_LINEAR = [
 
 
 def _cross_entropy(
-    dtype: torch.dtype, vocab: int, softcap: float | None = None, smoothing: float = 0.0
+    dtype: torch.dtype, vocab: int, softcap: float | None = None, smoothing: float = 0.0, z_loss: float = 0.0
 ) -> list[AotCase]:
     logits = torch.ones(ROWS, -(-vocab // 16) * 16, dtype=dtype)[:, :vocab]
     target, weight = torch.ones(ROWS, dtype=torch.int64), torch.ones(()).expand(ROWS)
-    form = (0.5, softcap, -100, smoothing)
-    name = f"{dtype}/{vocab}/softcap {softcap}/smoothing {smoothing}"
+    form = (0.5, softcap, -100, smoothing, z_loss)
+    name = f"{dtype}/{vocab}/softcap {softcap}/smoothing {smoothing}" + (f"/z-loss {z_loss}" if z_loss else "")
     fit = (3, False, int(dtype != torch.float32))
     return [
         AotCase(
@@ -178,6 +178,7 @@ def _scale(dtype: torch.dtype) -> AotCase:
 LINEAR_CROSS_ENTROPY = [
     *(case for dtype in DTYPES for vocab in (128256, 50257) for case in _cross_entropy(dtype, vocab)),
     *(case for dtype in DTYPES for case in _cross_entropy(dtype, 256000, 30.0, 0.1)),
+    *(case for dtype in DTYPES for case in _cross_entropy(dtype, 128256, z_loss=1e-4)),
     *(case for dtype in DTYPES for case in _shard(dtype, 128256, 8)),
     *(case for dtype in DTYPES for case in _shard(dtype, 256000, 2, 30.0, 0.1)),
     *map(_scale, DTYPES),

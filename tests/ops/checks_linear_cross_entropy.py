@@ -129,7 +129,10 @@ OPTIONS: Mapping[str, Options] = {
     "softcap": {"softcap": 2.0, "scale": 0.7},
     "smoothing": {"label_smoothing": 0.2},
     "smoothed evenly": {"label_smoothing": 1.0, "reduction": "sum"},
+    "z-loss": {"z_loss": 0.1, "scale": 1.5},
+    "z-loss, num_items": {"z_loss": 0.1, "num_items": 5},
     "everything": EVERYTHING,
+    "everything and z-loss": {**EVERYTHING, "z_loss": 0.05},
     "a class ignored": {"ignore_index": CLASS},
     "num_items": {"num_items": 5},
     "num_items on the device": {"num_items": torch.tensor(7, device=checks.DEVICE)},
@@ -158,10 +161,14 @@ EXACT: tuple[checks.Check, ...] = (
     checks.check_repeatable,
     checks.check_double_backward,
 )
-FORMS = ((None, 0.0), (None, 0.2), (5.0, 0.0), (5.0, 0.2))  # softcap, smoothing
+# softcap, smoothing, z-loss
+FORMS = ((None, 0.0, 0.0), (None, 0.2, 0.0), (5.0, 0.0, 0.0), (5.0, 0.2, 0.0), (None, 0.0, 0.01), (5.0, 0.2, 0.1))
+ROW_DTYPES = (torch.bfloat16, torch.float32) * 3  # one a form, where a check takes each of both once
 
 
-def check_rows(module: ModuleType, dtype: torch.dtype, vocab: int, softcap: float | None, smoothing: float) -> None:
+def check_rows(
+    module: ModuleType, dtype: torch.dtype, vocab: int, softcap: float | None, smoothing: float, z_loss: float
+) -> None:
     """An implementation's own functions on rows of logits that a head hardly gives: huge, equal, infinite, NaN; ignored."""
     nan, inf = float("nan"), float("inf")
     generator = torch.Generator().manual_seed(0)
@@ -177,13 +184,15 @@ def check_rows(module: ModuleType, dtype: torch.dtype, vocab: int, softcap: floa
     target[3] = 2 * (target[3] // 2)  # a class of probability 0
     target[7:10] = IGNORED
     weight = checks.normal(generator, (12,), torch.float32).to(checks.DEVICE)
-    form = (0.7, softcap, IGNORED, smoothing)
+    form = (0.7, softcap, IGNORED, smoothing, z_loss)
 
     def theirs(x: torch.Tensor) -> list[torch.Tensor]:
         x = x.masked_fill((target == IGNORED)[:, None], 0.0).requires_grad_()
         logits = x.to(torch.promote_types(x.dtype, torch.float32)) * form[0]
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         loss = F.cross_entropy(logits, target, ignore_index=IGNORED, label_smoothing=smoothing, reduction="none")
+        if z_loss:
+            loss = loss + z_loss * logits.logsumexp(-1).square().masked_fill(target == IGNORED, 0.0)
         return [loss.detach(), *torch.autograd.grad(loss, x, weight.to(loss.dtype))]
 
     padded = z.new_full((2, 12, -(-vocab // 16) * 16), nan)[..., :vocab].copy_(z)
@@ -204,7 +213,7 @@ def check_target_out_of_range(module: ModuleType) -> None:
     """On a GPU, where no error can be raised in time, a target that is no class makes loss and gradient NaN."""
     z = torch.randn(5, 100, device=checks.DEVICE)
     target = torch.tensor([3, 100, -1, 2**40, 99], device=checks.DEVICE)
-    loss = module.backward(z, target, torch.ones(5, device=checks.DEVICE), 1.0, None, IGNORED, 0.0)
+    loss = module.backward(z, target, torch.ones(5, device=checks.DEVICE), 1.0, None, IGNORED, 0.0, 0.1)
     wrong = torch.tensor([False, True, True, True, False], device=checks.DEVICE)
     assert torch.equal(loss.isnan(), wrong)
     assert torch.equal(z.isnan().all(1), wrong)
@@ -231,7 +240,7 @@ def check_all_ignored(implementation: str, tested: ModuleType = package) -> None
     hidden, weight, bias, target = operation(implementation).draw((5, 16), torch.float32)
     assert target is not None
     for reduction, smoothing, valid_rows in itertools.product(package.REDUCTIONS, (0.0, 0.1), (None, 0, 5)):
-        options: Options = {"reduction": reduction, "label_smoothing": smoothing}
+        options: Options = {"reduction": reduction, "label_smoothing": smoothing, "z_loss": smoothing}
         one = operation(implementation, tested=tested, valid_rows=valid_rows, **options)
         inputs = (hidden, weight, bias, torch.full_like(target, IGNORED))
         ours, theirs = (checks.differentiate(function, inputs, [0, 1, 2]) for function in (one.ours, one.theirs))
@@ -365,14 +374,8 @@ def check_low_rank_memory(implementation: str, tested: ModuleType = package) -> 
 
 def check_package(implementation: str, tested: ModuleType) -> None:
     """What a mutant must not survive: every branch and every property, once."""
-    for dtype, (softcap, smoothing) in zip((torch.bfloat16, torch.float32) * 2, FORMS, strict=True):
-        check_rows(
-            module_of(implementation, dtype, tested),
-            dtype,
-            SEVERAL_BLOCKS[implementation],
-            softcap,
-            smoothing,
-        )
+    for dtype, form in zip(ROW_DTYPES, FORMS, strict=True):
+        check_rows(module_of(implementation, dtype, tested), dtype, SEVERAL_BLOCKS[implementation], *form)
     check_scale(module_of(implementation, tested=tested))
     if implementation == "triton":
         check_target_out_of_range(module_of(implementation, tested=tested))

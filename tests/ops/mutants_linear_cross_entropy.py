@@ -67,6 +67,11 @@ KERNEL = (
         "the last block not scaled",
     ),
     Mutant(FUSED, "0 if weight_C is None else weight_C.stride(0)", "0", "the weights' stride ignored"),
+    Mutant(FUSED, "lse = row_max + tl.log(total)", "lse = tl.log(total)", "the maximum forgotten in lse"),
+    Mutant(FUSED, "loss += z_loss * lse * lse", "loss += z_loss * lse", "lse not squared"),
+    Mutant(FUSED, "more = 2.0 * z_loss * lse", "more = z_loss * lse", "half the gradient of lse^2"),
+    Mutant(FUSED, "        grad += added\n", "        grad += 0.0\n", "no gradient of it"),
+    Mutant(FUSED, "HAS_Z_LOSS=z_loss > 0", "HAS_Z_LOSS=False", "no z-loss at all"),
 )
 
 ROWS = (
@@ -102,6 +107,17 @@ ROWS = (
     ),
     Mutant(EAGER, "            logits_CV[rows] = wide\n", "            pass\n", "16-bit gradient not written back"),
     Mutant(EAGER, "        x.mul_(factor)\n", "        x.mul_(factor.abs())\n", "sign of the factor lost"),
+    Mutant(EAGER, "lse = largest + total.log()", "lse = total.log()", "the maximum forgotten in lse"),
+    Mutant(EAGER, "z_loss * lse.square()", "z_loss * lse", "lse not squared"),
+    Mutant(
+        EAGER,
+        "(z_loss * lse.square()).masked_fill_(ignored, 0.0)",
+        "z_loss * lse.square()",
+        "ignored rows have a z-loss",
+    ),
+    Mutant(EAGER, "more = 2.0 * z_loss * lse", "more = z_loss * lse", "half the gradient of lse^2"),
+    Mutant(EAGER, "z.scatter_add_(1, target, own * more)", "own = own * more", "no gradient of lse^2 at the target"),
+    Mutant(EAGER, "z.mul_(1.0 + more)", "z", "no gradient of lse^2 beside the target"),
 )
 
 LOOP = (
@@ -169,6 +185,7 @@ LOOP = (
         "second backward scaled twice",
     ),
     Mutant(HOST, "(torch.ones_like(number) / number)", "torch.ones_like(number)", "gradient of a mean not divided"),
+    Mutant(CHUNKS, "return self[:5]", "return *self[:4], 0.0", "the z-loss not handed on"),
     Mutant(HOST, "    return loss / number, *grads", "    return loss, *grads", "mean not divided"),
 )
 

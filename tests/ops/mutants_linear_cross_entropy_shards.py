@@ -37,6 +37,12 @@ TOGETHER = (
     ),
     Mutant(SHARD, "torch.where(self.is_class(target_C), loss_C, torch.nan)", "loss_C", "a loss for no class"),
     Mutant(SHARD, "loss_C.masked_fill_(target_C == ignore_index, 0.0)", "loss_C", "ignored rows have a loss"),
+    Mutant(
+        SHARD, "squares_C = (largest_C + total_C.log()).square()", "squares_C = total_C.log().square()", "no maximum"
+    ),
+    Mutant(SHARD, "squares_C.masked_fill_(target_C == ignore_index, 0.0)", "squares_C", "ignored rows have a z-loss"),
+    Mutant(SHARD, "1.0 + 2.0 * z_loss * (largest_C", "1.0 + z_loss * (largest_C", "half the gradient of lse^2"),
+    Mutant(SHARD, "total_C = total_C / (1.0 +", "total_C = total_C * (1.0 +", "less of the probabilities, not more"),
 )
 
 ROWS = (

@@ -23,6 +23,7 @@ from tests.ops.checks_linear_cross_entropy import (
     check_autocast,
     check_bits,
     check_ignored_rows,
+    check_in_orders,
     check_memory,
     check_rows,
     check_scale,
@@ -50,6 +51,16 @@ def test_shapes(implementation: str, vocab: int, options: Options) -> None:
         checks.check_shape(one, torch.bfloat16, (rows, 8), draws=2)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("vocab", [1, 2, 63, 4097])
+def test_shapes_with_z_loss(implementation: str, vocab: int) -> None:
+    """Where the target has nearly all of the probability, what z-loss adds must not cancel; few classes take many draws."""
+    one = operation(implementation, vocab, **EVERYTHING, z_loss=0.05)
+    check_in_orders(one, (16, 32), draws=16 if vocab < 63 else 2)
+    for rows in (0, 1, 7):
+        checks.check_shape(one, torch.bfloat16, (rows, 8), draws=2)
+
+
 @settings(max_examples=50, derandomize=True, deadline=None, database=None)
 @given(
     implementation=st.sampled_from(IMPLEMENTATIONS),
@@ -60,6 +71,7 @@ def test_shapes(implementation: str, vocab: int, options: Options) -> None:
     scale=st.sampled_from((1.0, 0.25, -2.0)),
     softcap=st.sampled_from((None, 1.5, 30.0)),
     label_smoothing=st.sampled_from((0.0, 0.1, 1.0)),
+    z_loss=st.sampled_from((0.0, 1e-4, 0.1)),
     reduction=st.sampled_from(package.REDUCTIONS),
     workspace_bytes=st.one_of(st.none(), st.integers(1, 20_000)),
 )

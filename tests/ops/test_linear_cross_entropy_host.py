@@ -46,7 +46,7 @@ def test_registered(implementation: str, reduction: str, needs: list[bool]) -> N
     )
     floats = [x for x in (hidden, weight, bias, *low_rank) if x is not None]
     inputs = [*(x.requires_grad_(need) for x, need in zip(floats, needs)), *([None] * (5 - len(floats)))]
-    options = (1.5, 3.0, IGNORED, 0.1, reduction, None, None, implementation, needs)
+    options = (1.5, 3.0, IGNORED, 0.1, 0.05, reduction, None, None, implementation, needs)
     library.opcheck(torch.ops.automodel_accel.linear_cross_entropy.default, (*inputs, target, None, *options))
 
 
@@ -82,7 +82,7 @@ def test_a_bound_that_is_too_low_is_never_silent() -> None:
     with pytest.raises(ValueError, match="5 targets count, but valid_rows promises at most 4"):
         package.linear_cross_entropy(hidden, weight, target, valid_rows=4)
     for bound, lost in ((4, True), (5, False)):  # on a GPU
-        options = package.chunks.Options(1.0, None, IGNORED, 0.0, "mean", bound, None, "torch", [True] * 5)
+        options = package.chunks.Options(1.0, None, IGNORED, 0.0, 0.0, "mean", bound, None, "torch", [True] * 5)
         assert package.chunks.divisor(target, None, options, torch.float32).isnan().item() == lost
 
 
@@ -98,6 +98,7 @@ WRONG: tuple[tuple[Options, str], ...] = (
     ({"reduction": "avg"}, "reduction 'avg' is unknown"),
     ({"softcap": 0.0}, "softcap is 0.0, expected a positive number"),
     ({"label_smoothing": 1.5}, "label_smoothing is 1.5, expected a share"),
+    ({"z_loss": -0.1}, "z_loss is -0.1, expected a factor of at least 0"),
     ({"num_items": 3, "reduction": "sum"}, "num_items divides a mean, but reduction is 'sum'"),
     ({"num_items": 0}, "num_items is 0, expected a positive number"),
     ({"num_items": torch.ones(2)}, r"num_items has shape \(2,\), expected a number or a 0-d tensor"),

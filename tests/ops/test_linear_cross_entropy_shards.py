@@ -25,6 +25,7 @@ from tests.ops.checks_linear_cross_entropy import (
     IMPLEMENTATIONS,
     LOW_RANK,
     OPTIONS,
+    ROW_DTYPES,
     TWO_ROWS,
     VOCAB,
     Options,
@@ -41,7 +42,7 @@ from tests.ops.ranks import RowsAcross, on_ranks, one_at_a_time
 pytestmark = pytest.mark.skipif(checks.DEVICE != "cpu", reason="ranks are threads, which share one GPU's stream")
 
 TWO, FOUR, SOME_EMPTY = (0, 31, VOCAB), (0, 16, 32, 48, VOCAB), (0, 0, 20, 20, VOCAB, VOCAB)
-FEW = ("everything", "a class ignored", "a bound")  # for Triton's interpreter, which is slow
+FEW = ("everything and z-loss", "z-loss", "a class ignored", "a bound")  # for Triton's interpreter, which is slow
 SEVERAL_BLOCKS = {"triton": (0, 1, 2052, 2100), "torch": (0, 1, 50_000, 50_003)}  # on one of the ranks
 
 
@@ -84,7 +85,7 @@ def test_an_uneven_vocabulary(ranks: int) -> None:
 
 def check_hard_rows(implementation: str, cuts: tuple[int, ...], tested: Any = Sharded) -> None:
     """Logits that a head hardly gives, in every form; targets that are no class."""
-    for dtype, form in zip((torch.bfloat16, torch.float32) * 2, FORMS, strict=True):
+    for dtype, form in zip(ROW_DTYPES, FORMS, strict=True):
         rows: Any = RowsAcross(tested, module_of(implementation, dtype), cuts)
         check_rows(rows, dtype, cuts[-1], *form)
 
@@ -175,6 +176,7 @@ def test_registered() -> None:
             3.0,
             IGNORED,
             0.1,
+            0.05,
             "mean",
             None,
             None,
@@ -226,7 +228,7 @@ def check_shards(implementation: str, tested: ModuleType, sharded: Any) -> None:
         implementation, SEVERAL_BLOCKS["triton"] if implementation == "triton" else (0, 1, 1, 60, 100), sharded
     )
     check_target_out_of_range(RowsAcross(sharded, module_of(implementation), (0, 40, 100)))  # type: ignore[arg-type]
-    for options in ({}, {"label_smoothing": 0.2, "reduction": "none"}, {"softcap": 2.0, "scale": 0.7}):
+    for options in ({}, {"label_smoothing": 0.2, "reduction": "none"}, {"softcap": 2.0, "scale": 0.7}, {"z_loss": 0.1}):
         one = operation(implementation, cuts=SOME_EMPTY, tested=tested, workspace_bytes=TWO_ROWS, **options)
         checks.check_shape(one, torch.bfloat16, (9, 16), draws=1)
 

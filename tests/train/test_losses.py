@@ -1,5 +1,6 @@
 """Losses of recipes: held to plain PyTorch on full logits, in value and in every gradient."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers.integrations.neftune import activate_neftune
 
 import automodel_accel as accel
 from automodel_accel.train.distillation import Teacher
-from automodel_accel.train.losses import set_loss
+from automodel_accel.train.losses import CausalLoss, set_loss
 from tests.tiny import VOCABULARY, batch, tiny
 
 ITEMS = torch.tensor(37.0)
@@ -58,8 +59,7 @@ def test_smoothing_and_z_loss_are_their_definition(name: str, z_loss: float) -> 
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same(wanted, grads(model))
-    built = accel.report(model).materialised_logits
-    assert built == (1 if z_loss else 0)
+    assert accel.report(model).materialised_logits == 0, accel.report(model)
     mean = model(**given).loss
     assert mean.item() == pytest.approx(expected.item() * ITEMS.item() / counted.sum().item(), rel=1e-5)
     take_back()
@@ -129,3 +129,89 @@ def test_noise_on_embeddings_is_there_in_training_only() -> None:
     first = model(**given).loss
     assert first.item() != before.item()
     assert model(**given).loss.item() != first.item()
+
+
+def smoothed(model: Any, given: dict[str, Any], z_loss: float) -> torch.Tensor:
+    """With label smoothing of 0.1, on full logits, over ITEMS."""
+    logits, target = plain(model, **given)
+    expected = F.cross_entropy(logits, target, label_smoothing=0.1, reduction="sum")
+    squares: torch.Tensor = torch.logsumexp(logits, -1).square()[target != -100].sum()
+    return (expected + z_loss * squares) / ITEMS
+
+
+@pytest.mark.parametrize("applied", [False, True], ids=["plain", "applied"])
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]], ids=["LoRA", "LoRA on the head"])
+def test_z_loss_with_adapters(targets: list[str], applied: bool) -> None:
+    torch.manual_seed(0)
+    model: Any = get_peft_model(tiny("gemma2"), LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
+    model.train()
+    expected = smoothed(model, batch(), 1e-2)
+    expected.backward()
+    wanted = grads(model)
+    model.zero_grad()
+    if applied:
+        accel.apply(model)
+    take_back = set_loss(model, label_smoothing=0.1, z_loss=1e-2)
+    loss = model(**batch(), num_items_in_batch=ITEMS).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(wanted, grads(model))
+    assert not applied or accel.report(model).materialised_logits == 0
+    take_back()
+    assert "_loss_function" not in vars(model.get_base_model())
+
+
+def test_held_out_losses_stay_plain_and_settings_go_nowhere(tmp_path: Path) -> None:
+    model, given = tiny("llama"), batch()
+    with torch.no_grad():
+        before = model(**given).loss
+    config = model.config.to_dict()
+    set_loss(model, label_smoothing=0.2, z_loss=0.1)
+    with torch.no_grad():
+        assert torch.equal(model(**given).loss, before)
+    assert model(**given).loss > before
+    assert model.config.to_dict() == config
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(again(**given).loss, model(**given).loss)
+
+
+def test_the_loss_that_was_set_before_comes_back() -> None:
+    model = tiny("llama")
+    first = set_loss(model, label_smoothing=0.2)
+    kept = model.loss_function
+    set_loss(model, z_loss=0.1)()
+    assert model.loss_function is kept
+    first()
+    assert "_loss_function" not in vars(model)
+
+
+def test_ignored_index_and_shifted_labels_are_those_of_transformers() -> None:
+    model, given = tiny("llama"), batch()
+    with torch.no_grad():
+        logits, labels = model(given["input_ids"]).logits, given["labels"]
+    loss, theirs = CausalLoss(0.0, 0.0), model.loss_function
+    for options in ({"ignore_index": 5}, {"shift_labels": labels.roll(-1, 1)}, {"num_items_in_batch": 3}):
+        other = labels.masked_fill(labels == -100, options.get("ignore_index", -100))  # type: ignore[call-overload]
+        assert torch.equal(loss(logits, other, VOCABULARY, **options), theirs(logits, other, VOCABULARY, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sentence"),
+    [
+        ("llama", {"label_smoothing": 1.5}, "label_smoothing is 1.5"),
+        ("llama", {"z_loss": -1.0}, "z_loss -1.0; expected"),
+        ("bert", {"z_loss": 0.1}, "without loss_function"),
+        ("t5", {"z_loss": 0.1}, "without loss_function"),
+    ],
+)
+def test_what_cannot_be_served_is_said(name: str, settings: dict[str, float], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        set_loss(tiny(name), **settings)
+
+
+def test_another_loss_is_not_replaced() -> None:
+    model = tiny("llama")
+    model.loss_function = F.mse_loss
+    with pytest.raises(ValueError, match="is mse_loss, expected transformers' ForCausalLMLoss"):
+        set_loss(model, z_loss=0.1)
