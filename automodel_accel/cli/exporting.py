@@ -1,5 +1,6 @@
 """automodel-accel export."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,13 +50,23 @@ def _export(name: str, to: Path, adapter: bool, step: int | None, dtype: str, ma
     made: Any = opened.model
     if adapter and not isinstance(made, PeftModel):
         raise ValueError(f"{name} has no adapter; leave --adapter out.")
-    how = ""
-    if isinstance(made, PeftModel) and not adapter:
-        made, how = made.merge_and_unload(safe_merge=True), ", the adapter merged into its weights"
+    merged = isinstance(made, PeftModel) and not adapter
+    if merged:
+        made = made.merge_and_unload(safe_merge=True)
     write(made, to, max_shard_size=max_shard_size)
     if opened.tokenizer is not None:
         opened.tokenizer.save_pretrained(to)
-    card = Path(name).expanduser() / "model" / "README.md"
-    if card.is_file() and step is None:
-        (to / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+    if step is None and opened.recipe is not None:
+        _write_card(opened.recipe, Path(name).expanduser(), to, merged)
+    how = ", the adapter merged into its weights" if merged else ""
     return f"{to}: {type(made).__name__} of {name}{how}"
+
+
+def _write_card(recipe: Any, run: Path, to: Path, merged: bool) -> None:
+    from automodel_accel.recipes.filling import to_plain
+    from automodel_accel.recipes.running import FIGURES
+    from automodel_accel.train.card import model_card
+
+    if (run / FIGURES).is_file():
+        figures = json.loads((run / FIGURES).read_text(encoding="utf-8"))
+        (to / "README.md").write_text(model_card(to_plain(recipe), figures, merged), encoding="utf-8")

@@ -71,6 +71,20 @@ def test_an_adapter_is_merged_into_the_base_as_it_was_stored(run: Any, tmp_path:
         assert differing(merged, AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=expected)) != []
 
 
+def test_the_card_of_a_merged_model_speaks_of_no_adapter_to_load(run: Any, tmp_path: Path) -> None:
+    folder = run(lora={"r": 4})
+    for name, options in (("merged", []), ("adapter", ["--adapter"])):
+        result = CliRunner().invoke(app, ["export", str(folder), "--to", str(tmp_path / name), *options])
+        assert result.exit_code == 0, result.output
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("merged", "adapter")}
+    head = (folder / "model" / "README.md").read_text().partition("<details>")[0]
+    assert cards["adapter"].startswith(head)
+    assert "PeftModel" in head
+    assert "library_name: transformers" in cards["merged"]
+    assert "a LoRA adapter of rank 4, merged into them" in cards["merged"]
+    assert "PeftModel" not in cards["merged"]
+
+
 def test_a_run_with_frozen_parts(run: Any) -> None:
     folder = run(model={"freeze": {"embeddings": True}})
     assert differing(open_model(str(folder)).model, open_model(str(folder), step=3).model) == []
