@@ -36,7 +36,15 @@ _PIXELS = re.compile("pixel|patches")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Freezing:
-    """Which parts keep their values, as a recipe writes it; see `freeze`."""
+    """Which parts keep their values, as a recipe writes it; see `freeze`.
+
+    Attributes:
+        vision_tower: What makes features of images.
+        audio_tower: What makes features of sound.
+        projector: What brings those features to the width of the language model.
+        embeddings: Those of tokens, and the output head where it is tied to them.
+        language_model: What writes text, with its embeddings and its head.
+    """
 
     vision_tower: bool = False
     audio_tower: bool = False

@@ -1,5 +1,6 @@
 """automodel-accel export."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,9 @@ def export(
         bool, typer.Option("--adapter", help="The adapter alone, instead of merging it into the weights.")
     ] = False,
     step: Annotated[int | None, typer.Option(help="Of a run: its checkpoint of this step.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16, float16, float32, or auto.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: bfloat16, float16, float32, or auto, as they were stored.")
+    ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Of a file of weights.")] = "5GB",
 ) -> None:
     """Write a plain folder that transformers, vLLM and TensorRT-LLM load: weights, config, tokenizer, model card."""
@@ -37,23 +40,33 @@ def _export(name: str, to: Path, adapter: bool, step: int | None, dtype: str, ma
     from peft import PeftModel
 
     from automodel_accel.checkpoint import export as write
-    from automodel_accel.recipes.opening import open_model
+    from automodel_accel.recipes.opening import STORED, open_model
 
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"--dtype {dtype}: expected bfloat16, float16, float32 or auto.")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ValueError(f"{to} is there already and not empty; expected a new folder.")
-    opened = open_model(name, step=step, dtype=dtype)
+    opened = open_model(name, step=step, dtype=STORED if dtype == "auto" else dtype)
     made: Any = opened.model
     if adapter and not isinstance(made, PeftModel):
         raise ValueError(f"{name} has no adapter; leave --adapter out.")
-    how = ""
-    if isinstance(made, PeftModel) and not adapter:
-        made, how = made.merge_and_unload(safe_merge=True), ", the adapter merged into its weights"
+    merged = isinstance(made, PeftModel) and not adapter
+    if merged:
+        made = made.merge_and_unload(safe_merge=True)
     write(made, to, max_shard_size=max_shard_size)
     if opened.tokenizer is not None:
         opened.tokenizer.save_pretrained(to)
-    card = Path(name).expanduser() / "model" / "README.md"
-    if card.is_file() and step is None:
-        (to / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+    if step is None and opened.recipe is not None:
+        _write_card(opened.recipe, Path(name).expanduser(), to, merged)
+    how = ", the adapter merged into its weights" if merged else ""
     return f"{to}: {type(made).__name__} of {name}{how}"
+
+
+def _write_card(recipe: Any, run: Path, to: Path, merged: bool) -> None:
+    from automodel_accel.recipes.filling import to_plain
+    from automodel_accel.recipes.running import FIGURES
+    from automodel_accel.train.card import model_card
+
+    if (run / FIGURES).is_file():
+        figures = json.loads((run / FIGURES).read_text(encoding="utf-8"))
+        (to / "README.md").write_text(model_card(to_plain(recipe), figures, merged), encoding="utf-8")

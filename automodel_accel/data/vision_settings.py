@@ -40,7 +40,11 @@ class _Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CordV2(_Source):
-    """Receipts and what stands on them (`naver-clova-ix/cord-v2`): `image`, and `ground_truth` as JSON with `gt_parse`."""
+    """Receipts and what stands on them (`naver-clova-ix/cord-v2`): `image`, and `ground_truth` as JSON with `gt_parse`.
+
+    Attributes:
+        prompt: What the user asks.
+    """
 
     kind: Literal["cord_v2"] = "cord_v2"
     path: str = "naver-clova-ix/cord-v2"
@@ -49,7 +53,11 @@ class CordV2(_Source):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rdr(_Source):
-    """Items and their descriptions (`quintend/rdr-items`): `image` and `text`."""
+    """Items and their descriptions (`quintend/rdr-items`): `image` and `text`.
+
+    Attributes:
+        prompt: What the user asks.
+    """
 
     kind: Literal["rdr"] = "rdr"
     path: str = "quintend/rdr-items"
@@ -80,7 +88,13 @@ class ImageChat(_Source):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captions(_Source):
-    """Images and what is to be said of each, in columns of any name."""
+    """Images and what is to be said of each, in columns of any name.
+
+    Attributes:
+        image: The column that holds the image.
+        text: The column that holds what is to be said.
+        prompt: What the user asks.
+    """
 
     kind: Literal["captions"] = "captions"
     image: str = "image"
@@ -93,6 +107,8 @@ class MockImages(_Source):
     """Random pictures and words, the same for the same seed: to measure speed, or to try a recipe without data.
 
     Attributes:
+        path: Of no meaning here.
+        prompt: What the user asks.
         samples: How many.
         images_per_sample: Pictures of each.
         side: Pixels of a picture's width and height.

@@ -46,11 +46,15 @@ class ParameterAverage(Optimizer):
     def in_place(self) -> Iterator[None]:
         """Inside, the model has the averages for parameters, to be validated or saved; after it, its own again."""
         kept = [parameter.detach().clone() for parameter in self._own()]
-        _write(self._own(), [self.state[parameter][AVERAGE] for parameter in self._own()])
+        self.write()
         try:
             yield
         finally:
             _write(self._own(), kept)
+
+    def write(self) -> None:
+        """Give the model the averages for parameters, for good."""
+        _write(self._own(), [self.state[parameter][AVERAGE] for parameter in self._own()])
 
     def _own(self) -> list[nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

@@ -47,14 +47,15 @@ By automodel_accel {version}, `automodel-accel train`, with this recipe:
 """
 
 
-def model_card(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+def model_card(recipe: Mapping[str, Any], figures: Mapping[str, Any], merged: bool = False) -> str:
     """README.md of an exported model: nothing that the run does not know.
 
     Args:
         recipe: As `to_plain` gives it.
         figures: Of the run, as in figures.json.
+        merged: Whether what is exported has its adapter in its weights.
     """
-    base, is_adapter = _public(recipe["model"]["path"]), recipe["lora"] is not None
+    base, is_adapter = _public(recipe["model"]["path"]), recipe["lora"] is not None and not merged
     name = Path(recipe["output"]).name
     return _TEXT.format(
         header=_header(recipe, base, is_adapter),
@@ -62,7 +63,7 @@ def model_card(recipe: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         what=_what(recipe, base, is_adapter),
         figures="\n".join(f"| {key} | {value} |" for key, value in _figures(figures)),
         held_out=_held_out(figures),
-        loading=_loading(name, base, is_adapter, recipe),
+        loading=_loading(name if merged else f"{name}/model", base, is_adapter, recipe),
         version=_version(),
         recipe=yaml.safe_dump(_shared(recipe), sort_keys=False).rstrip(),
     )
@@ -84,6 +85,8 @@ def _what(recipe: Mapping[str, Any], base: str | None, is_adapter: bool) -> str:
     of = f" of {base}" if base else ""
     if is_adapter:
         return f"LoRA adapter{of}, rank {recipe['lora']['r']}."
+    if recipe["lora"] is not None:
+        return f"Fine-tuned weights{of}: a LoRA adapter of rank {recipe['lora']['r']}, merged into them."
     if recipe["model"]["weights"] == "random":
         return f"A model of the shape{of or ' of its config'}, trained from random weights."
     return f"Fine-tuned weights{of}."
@@ -115,14 +118,14 @@ def _held_out(figures: Mapping[str, Any]) -> str:
     return "\n".join(["| held out | loss before | loss after |", "|---|---|---|", *rows, "", ""])
 
 
-def _loading(name: str, base: str | None, is_adapter: bool, recipe: Mapping[str, Any]) -> str:
+def _loading(folder: str, base: str | None, is_adapter: bool, recipe: Mapping[str, Any]) -> str:
     auto = "AutoModelForImageTextToText" if _has_images(recipe) else "AutoModelForCausalLM"
     if not is_adapter:
-        return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{name}/model")'
+        return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{folder}")'
     kind = base or "the base model"
     return (
         f"from peft import PeftModel\nfrom transformers import {auto}\n\n"
-        f'model = PeftModel.from_pretrained({auto}.from_pretrained("{kind}"), "{name}/model")'
+        f'model = PeftModel.from_pretrained({auto}.from_pretrained("{kind}"), "{folder}")'
     )
 
 
