@@ -38,7 +38,11 @@ EXAMPLE = """examples:
 
 An operation's tests run first, and no speed of it is printed unless they are green. Every variant runs in a process of its own,
 in alternating order. Rows are appended to bench/results/."""
-OTHERS = {"e2e": "bench.e2e.__main__", "traffic": "bench.traffic"}  # they have command lines of their own
+OTHERS = {
+    "e2e": "bench.e2e.__main__",
+    "traffic": "bench.traffic",
+    "packing": "bench.packing",
+}  # they have command lines of their own
 TOGETHER = {"lora": ("lora", "lora_layer")}  # commands that measure more than the operation of their name
 DTYPES = ("float32", "bfloat16", "float16")
 
