@@ -22,6 +22,7 @@ from automodel_accel.data.sample import IGNORED, Sample
 from automodel_accel.data.settings import MockData
 from automodel_accel.data.windows import AtHand
 from automodel_accel.demo import is_demo, resolve
+from automodel_accel.freezing import AUDIO, find_parts
 from automodel_accel.parallel.mesh import Mesh
 from automodel_accel.recipes.building import build
 from automodel_accel.recipes.loading import IMAGES, TEXT, dtype_of, load_config, task_of
@@ -76,7 +77,7 @@ def try_out(recipe: Recipe, folder: Path) -> Trial:
     said = io.StringIO()  # lines and bars of the loop and of transformers: the rows say the same
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         made.save(folder / MODEL)
-        smaller, changed = _smaller(recipe, task, _vocabulary(made.model), folder)
+        smaller, changed = _smaller(recipe, task, made.model, folder)
         run = build(smaller, smaller.mesh.ranks())
         sees = recipe.has_images and made.has_image
         run.data = _Images(made, smaller, run) if sees else _text(smaller, run)
@@ -118,10 +119,10 @@ def _has(path: str, task: str) -> bool:
     return True
 
 
-def _smaller(recipe: Recipe, task: str, vocabulary: int, folder: Path) -> tuple[Recipe, tuple[str, ...]]:
+def _smaller(recipe: Recipe, task: str, made: Any, folder: Path) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe for the tiny model, and what had to change beside the model, the data and the number of steps."""
     changed: list[str] = []
-    model = _model(recipe.model, folder / MODEL, task, changed)
+    model = _with_ears(_model(recipe.model, folder / MODEL, task, changed), made, changed)
     rows = min(recipe.batching.batch_size, ROWS)
     accumulates = recipe.training.global_batch_size > recipe.batching.batch_size
     batching = replace(
@@ -137,7 +138,7 @@ def _smaller(recipe: Recipe, task: str, vocabulary: int, folder: Path) -> tuple[
     smaller = replace(
         recipe,
         model=model,
-        data=MockData(vocab_size=vocabulary, samples=8, shortest=2),
+        data=MockData(vocab_size=_vocabulary(made), samples=8, shortest=2),
         validation={},
         batching=batching,
         lora=None if recipe.lora is None else _lora(recipe.lora, changed),
@@ -156,6 +157,15 @@ def _smaller(recipe: Recipe, task: str, vocabulary: int, folder: Path) -> tuple[
         output=folder / "run",
     )
     return smaller, tuple(dict.fromkeys(changed))
+
+
+def _with_ears(model: Model, made: Any, changed: list[str]) -> Model:
+    """Without freezing an audio tower that only some models of the type have, and the tiny one has not."""
+    may_hear = any("audio" in name or "sound" in name for name in getattr(type(made.config), "sub_configs", {}))
+    if not (model.freeze.audio_tower and may_hear and AUDIO in find_parts(made).missing):
+        return model
+    changed.append("the tiny model has no audio tower to freeze")
+    return replace(model, freeze=replace(model.freeze, audio_tower=False))
 
 
 def _share(decay: float) -> float:
