@@ -83,7 +83,9 @@ def _config(config: "peft.LoraConfig | dict[str, Any]") -> peft.LoraConfig:
 def _resolve(config: peft.LoraConfig, model: nn.Module) -> None:
     """Replace wildcards by names; refuse names that match nothing, of which PEFT takes some in silence."""
     modules = dict(model.named_modules())
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    every = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    gates = [name for name, module in every.items() if min(module.in_features, module.out_features) == 1]
+    linears = [name for name in every if name not in gates]  # of one number there is no lower rank: not by a pattern
     targets = config.target_modules
     if isinstance(targets, str) and targets[:1] == "*":
         targets = [targets]  # no regular expression begins so
@@ -95,10 +97,17 @@ def _resolve(config: peft.LoraConfig, model: nn.Module) -> None:
             f"{linears[0] if linears else 'none'}; the last names of linears are {', '.join(_last(linears))}. Give last names as a list."
         )
     excluded = config.exclude_modules
+    if gates and isinstance(targets, str) and targets.lower() == ALL_LINEAR and not isinstance(excluded, str):
+        excluded = [*(excluded or ()), *gates]
     if isinstance(excluded, str) and excluded[:1] == "*":
         excluded = [excluded]
     if isinstance(excluded, list | set | tuple):
         config.exclude_modules = sorted(_excluded(excluded, list(modules)))
+    _check_names(config, model, modules)
+
+
+def _check_names(config: peft.LoraConfig, model: nn.Module, modules: Iterable[str]) -> None:
+    """Parameters that are adapted and modules that are saved are there."""
     parameters = [name for name, _ in model.named_parameters()]
     for name in config.target_parameters or ():
         if not any(_ends_in(known, name) for known in parameters):

@@ -218,3 +218,14 @@ def test_an_adapter_of_another_model(tmp_path: Path) -> None:
         theirs = load(tiny(), tmp_path / "short")
     ours = accel.apply(copy.deepcopy(theirs))
     assert_close(step(ours, **batch()), step(theirs, **batch()))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "*", "*.mlp.*"])
+def test_a_pattern_leaves_out_linears_of_one_number(targets: str) -> None:
+    """Qwen2-MoE's shared_expert_gate; named, it is refused, as before."""
+    model = accel.apply(tiny("qwen2_moe"), lora={"r": 4, "target_modules": targets})
+    adapted = {name.rpartition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+    assert adapted
+    assert not any("shared_expert_gate" in name for name in adapted)
+    with pytest.raises(ValueError, match=r"rank 4 is larger than .*shared_expert_gate"):
+        accel.apply(tiny("qwen2_moe"), lora={"r": 4, "target_modules": ["shared_expert_gate"]})
